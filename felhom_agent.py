@@ -1,0 +1,1704 @@
+"""felhom-agent: reads one Proxmox VE node and reports it to a hub.
+
+What leaves the host: one JSON document per interval (`HostReport`), by POST to `hub.url` and nowhere else: figures of the node,
+its LXC containers with what each is given, and the state of the cloudflared unit.  The hub's answer (`ControlEnvelope`) can
+change the interval, between one minute and one hour, and nothing else.
+
+What it never does: change anything on the node (Proxmox only ever gets GET), write a file, follow a redirect, run a command
+other than `systemctl is-active`, or show its two secrets.  The token's secret goes to Proxmox alone, the API key to the hub alone.
+
+How to read it: top to bottom, each part uses only those above it.  `Collector.collect` is what is read, `HubClient.report` what
+is sent, `next_try` when; `main` at the end ties them together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import email.utils
+import errno
+import functools
+import hashlib
+import http.client
+import io
+import ipaddress
+import json
+import logging
+import math
+import os
+import random
+import re
+import select
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar, cast
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__version__: Final = "0.3.0"
+
+MIN_POLL_SECONDS: Final = 60
+MAX_POLL_SECONDS: Final = 3600
+RETRY_SECONDS: Final = 15
+PROBE_SECONDS: Final = 5
+# A collect ends after this many of proxmox.timeout_seconds: one for each of the three calls before the guests, three for the guests.
+COLLECT_TIMEOUTS: Final = 6
+# pveproxy has three workers, so a fourth request in flight only queues; and a TLS handshake costs as much as some ten
+# configuration calls, so few guests are read over one connection.
+MAX_IN_FLIGHT: Final = 3
+GUESTS_PER_CONNECTION: Final = 20
+MAX_PROXMOX_BYTES: Final = 8 << 20
+MAX_ENVELOPE_BYTES: Final = 1 << 20
+MAX_FILE_BYTES: Final = 4 << 20
+MAX_HEADERS: Final = 100  # this and the next as in http.client
+MAX_HEADER_BYTES: Final = 65536
+MAX_FIGURE: Final = 2**53 - 1  # above it a JSON number is not exact in every language; in bytes it is 8 PiB
+DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
+GRANT: Final = "pveum acl modify / --users {user} --roles PVEAuditor"
+
+LOG: Final = logging.getLogger("felhom-agent")
+
+
+# ---- errors, and what is said of them ---------------------------------------------------------------------------------------
+
+
+class AgentError(Exception):
+    """A cycle failed.  The text says operation, result and mend and holds no secret; `headline` is for `systemctl status`."""
+
+    def __init__(self, text: str, *, headline: str = "collect failed", retryable: bool = True, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.headline = headline
+        self.retryable = retryable  # whether asking again before the next interval can help
+        self.retry_after = retry_after  # seconds, where the server named them
+
+
+class TransportError(AgentError):
+    """No answer from the server that was meant: connect, TLS, time-out, cut off, or an answer of another shape."""
+
+
+class HTTPError(AgentError):
+    """The server answered with the `status` of a failure; `reason` is its reason phrase."""
+
+    def __init__(self, text: str, *, status: int, reason: str = "", headline: str = "", retry_after: float | None = None) -> None:
+        passing = status in (408, 425, 429) or not 400 <= status < 500
+        super().__init__(text, headline=headline, retryable=passing, retry_after=retry_after if status in (429, 503) else None)
+        self.status = status
+        self.reason = reason
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; one problem a line."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(f"config: {problem}" for problem in problems))
+
+
+def clean(text: str, secrets: Iterable[str] = (), limit: int = 300) -> str:
+    """Return `text` fit for a log line: secrets replaced, control characters escaped, cut at `limit` characters."""
+    for form in secrets:
+        text = text.replace(form, "***")
+    text = text if len(text) <= limit else text[:limit] + "…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def secret_forms(*secrets: str) -> tuple[str, ...]:
+    """Return each secret as it is and as JSON, Python, a URL and base64 write it, the longest first."""
+    forms = set()
+    for secret in secrets:
+        encoded = secret.encode("utf-8", "surrogatepass")
+        forms |= {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], urllib.parse.quote(secret, ""), urllib.parse.quote(secret)}
+        forms |= {base64.b64encode(encoded).decode().rstrip("="), base64.urlsafe_b64encode(encoded).decode().rstrip("=")}
+    return tuple(sorted(forms - {""}, key=len, reverse=True))
+
+
+class Changes:
+    """Says what is wrong when it begins or changes, repeats it at debug level, and says when it is over."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._told: dict[str, str] = {}
+
+    def wrong(self, topic: str, text: str, bug: Exception | None = None) -> None:
+        """Warn of `text`, with the traceback of a `bug`, unless it is what was last said of `topic`."""
+        again = self._told.get(topic) == text
+        self._told[topic] = text
+        self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", text, exc_info=None if again else bug)
+
+    def right(self, topic: str, text: str) -> None:
+        """Say `text` if something was wrong with `topic`."""
+        if self._told.pop(topic, None) is not None:
+            self._logger.info("%s", text)
+
+
+# ---- configuration ----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str) -> tuple[bytes, int]:
+    """Return content and mode bits of a regular file; OSError for anything else, and never a wait."""
+    # O_NONBLOCK: opening a FIFO would wait for its writer.  O_NOFOLLOW: who can plant a link must not choose what is read.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"is larger than {MAX_FILE_BYTES} bytes")
+    return content, mode
+
+
+class DuplicateKeyError(ValueError):
+    """A key stands twice in a JSON object, of which one would silently win."""
+
+
+def explain_file(exc: Exception) -> str:
+    """Return why a file cannot be used, in the operator's words and without its content."""
+    if isinstance(exc, json.JSONDecodeError):
+        return f"line {exc.lineno} column {exc.colno}: {exc.msg}"
+    if isinstance(exc, UnicodeDecodeError):
+        return f"is not UTF-8 at byte {exc.start}"
+    if isinstance(exc, ssl.SSLError):
+        return "holds no PEM certificate"
+    if isinstance(exc, OSError):
+        return "is a symbolic link, name the file itself" if exc.errno == errno.ELOOP else str(exc.strerror)
+    return str(exc) if isinstance(exc, DuplicateKeyError) else "cannot be read as JSON"
+
+
+def is_loopback(host: str | None) -> bool:
+    """Tell whether `host` is `localhost` or a loopback address."""
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_https(url: str) -> bool:
+    """Tell whether `url` asks for TLS."""
+    return urllib.parse.urlsplit(url).scheme == "https"
+
+
+def check_url(url: str, *, prefix: bool = False) -> str:
+    """Return what is wrong with a base address, "" where nothing is; with `prefix` it may have a path."""
+    form = "https://host[:port]" + ("[/prefix]" if prefix else "")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return f"must be {form}"
+    if not url or "@" in url or "?" in url or "#" in url:  # not shown: this is where people put passwords
+        return f"must be {form}, without user, query and fragment" if url else "is required"
+    if not host or not re.fullmatch(r"[!-~]+", url) or (parts.path.strip("/") and not prefix):
+        return f"must be {form}, got {clean(url)}"
+    return "" if is_https(url) or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
+
+
+def check_secret(secret: str) -> str:
+    """Return what is wrong with a secret, without showing it."""
+    if not secret:
+        return "is required"
+    return "" if re.fullmatch(r"[!-~]+", secret) else "must be printable ASCII without spaces (not shown)"
+
+
+def check_timeout(seconds: int) -> str:
+    """Return what is wrong with a time-out."""
+    return "" if 1 <= seconds <= 300 else f"must be from 1 to 300, got {seconds}"
+
+
+def check_match(pattern: str, meaning: str) -> Callable[[str], str]:
+    """Return a check that a text matches `pattern` as a whole."""
+
+    def check(text: str) -> str:
+        wrong = f"must be {meaning}, got {clean(text)}" if text else "is required"
+        return "" if re.fullmatch(pattern, text) else wrong
+
+    return check
+
+
+def setting(default: str | int, check: Callable[[Any], str] = lambda _: "", *, secret: bool = False) -> Any:
+    """Return a configuration key with its default and what checks it; a secret is not shown."""
+    return field(default=default, repr=not secret, metadata={"check": check})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One section of the configuration; the environment has FELHOM_AGENT_SECTION_KEY for each key."""
+
+    section: ClassVar[str]
+
+    def validate(self) -> list[str]:
+        """Return every problem, as `section.key: what is wrong`."""
+        checked = ((item.name, item.metadata["check"](getattr(self, item.name))) for item in dataclasses.fields(self))
+        return [f"{self.section}.{key}: {problem}" for key, problem in checked if problem]
+
+    def redacted(self) -> dict[str, object]:
+        """Return the keys and values, a secret as "***"."""
+        shown = ((item, getattr(self, item.name)) for item in dataclasses.fields(self))
+        return {item.name: value if item.repr or not value else "***" for item, value in shown}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxmoxConfig(Section):
+    """How to reach the node's API, and who asks; `timeout_seconds` bounds one request from connect to last byte."""
+
+    section: ClassVar[str] = "proxmox"
+    url: str = setting("https://127.0.0.1:8006", check_url)
+    node: str = setting("", check_match(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?", "a node name"))
+    token_id: str = setting("", check_match(r"[!-.0-9;-~]+@[A-Za-z0-9._-]+![A-Za-z0-9._-]+", "user@realm!tokenname"))
+    token_secret: str = setting("", check_secret, secret=True)
+    ca_file: str = setting("")
+    fingerprint: str = setting("", check_match(r"(([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2})?", "64 hexadecimal digits, colons or not"))
+    timeout_seconds: int = setting(10, check_timeout)
+
+    def with_defaults(self) -> ProxmoxConfig:
+        """Return it with the short host name as node where none is named."""
+        return self if self.node else dataclasses.replace(self, node=socket.gethostname().partition(".")[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubConfig(Section):
+    """Where reports go, as whom and how often; `timeout_seconds` bounds the whole POST."""
+
+    section: ClassVar[str] = "hub"
+    url: str = setting("", functools.partial(check_url, prefix=True))
+    host_id: str = setting("", check_match(r"[^\s\x00-\x1f]([^\x00-\x1f]{0,253}[^\s\x00-\x1f])?", "1 to 255 characters"))
+    api_key: str = setting("", check_secret, secret=True)
+    poll_seconds: int = setting(900)
+    timeout_seconds: int = setting(30, check_timeout)
+    ca_file: str = setting("")
+
+    def with_defaults(self) -> HubConfig:
+        """Return it with the interval inside its bounds."""
+        return dataclasses.replace(self, poll_seconds=clamp_poll(self.poll_seconds))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloudflaredConfig(Section):
+    """Which systemd unit carries the tunnel."""
+
+    section: ClassVar[str] = "cloudflared"
+    # A leading dash would be an option of systemctl.
+    unit: str = setting("cloudflared.service", check_match(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]{0,254}", "the name of a systemd unit"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration; `problems` are values of a wrong type, which have their default here."""
+
+    proxmox: ProxmoxConfig
+    hub: HubConfig
+    cloudflared: CloudflaredConfig
+    problems: tuple[str, ...] = ()
+
+    def validate(self, *, hub: bool = True) -> None:
+        """Raise ConfigError with every problem at once; without `hub` that section is not looked at."""
+        found = [*self.problems, *self.proxmox.validate(), *self.hub.validate(), *self.cloudflared.validate()]
+        if found := [problem for problem in found if hub or not problem.startswith(("hub.", "hub:"))]:
+            raise ConfigError(*found)
+
+    def redacted(self) -> dict[str, object]:
+        """Return it as a JSON object that shows whether a secret is there, never which."""
+        return {part.section: part.redacted() for part in (self.proxmox, self.hub, self.cloudflared)}
+
+
+def clamp_poll(seconds: int) -> int:
+    """Return `seconds` inside the bounds of a poll interval."""
+    return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object; DuplicateKeyError."""
+    document: dict[str, object] = {}
+    for key, value in pairs:
+        if key in document:
+            raise DuplicateKeyError(f"duplicate key {clean(key)}")
+        document[key] = value
+    return document
+
+
+def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
+    """Read the configuration file, lay the environment over it, fill in defaults; ConfigError where the file cannot be used.
+
+    `path` None: $FELHOM_AGENT_CONFIG, else $CREDENTIALS_DIRECTORY/agent.json where it exists, else the default path.
+    """
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", "agent.json")
+    named = path or environ.get("FELHOM_AGENT_CONFIG") or (credential if os.path.lexists(credential) else "")
+    file = named or DEFAULT_PATH
+    document: object = {}
+    try:
+        content, mode = read_file(file)
+        if mode & 0o044 and file != credential:  # systemd itself gives a credential to the service's user alone
+            LOG.warning("config: %s can be read by others than its owner: chmod 600 %s", clean(file), clean(file))
+        document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except FileNotFoundError as exc:
+        if named:  # else the environment may supply everything
+            raise ConfigError(f"{clean(file)}: no such file") from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{clean(file)}: {explain_file(exc)}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{clean(file)}: must be a JSON object")
+    for key in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
+        LOG.warning("config: unknown key %s is ignored", clean(key))
+    problems = [] if isinstance(document.get("authz", {}), dict) else ["authz: must be an object"]
+    hub = load_section(HubConfig, document, environ, file, problems)
+    if hub.poll_seconds != clamp_poll(hub.poll_seconds):
+        LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", hub.poll_seconds, clamp_poll(hub.poll_seconds))
+    return Config(
+        proxmox=load_section(ProxmoxConfig, document, environ, file, problems).with_defaults(),
+        hub=hub.with_defaults(),
+        cloudflared=load_section(CloudflaredConfig, document, environ, file, problems),
+        problems=tuple(problems),
+    )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_section(
+    kind: type[AnySection], document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: list[str]
+) -> AnySection:
+    """Return a section from the file's document and the environment; a value of a wrong type goes to `problems`."""
+    given = document.get(kind.section, {})
+    if not isinstance(given, dict):
+        problems.append(f"{kind.section}: must be an object")
+        given = {}
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        value = given.pop(item.name, item.default)
+        variable = f"FELHOM_AGENT_{kind.section}_{item.name}".upper()
+        overlay = environ.get(variable, "")
+        if overlay and isinstance(item.default, str):
+            value = overlay
+        elif overlay and re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", overlay):
+            value = int(overlay)
+        elif overlay:
+            LOG.warning("config: %s is not an integer and is ignored", variable)
+        if type(value) is not type(item.default):  # a boolean is no integer
+            problems.append(f"{kind.section}.{item.name}: must be {'a string' if isinstance(item.default, str) else 'an integer'}")
+            value = item.default
+        values[item.name] = value
+    for key in given:
+        LOG.warning("config: unknown key %s.%s is ignored", kind.section, clean(key))
+    if values.get("ca_file"):
+        values["ca_file"] = os.path.join(os.path.dirname(os.path.abspath(file)), values["ca_file"])
+    return kind(**values)
+
+
+# ---- wire contract ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMetrics:
+    """The node's figures (`pvesh get /nodes/NODE/status`); None is what Proxmox did not say."""
+
+    node: str
+    pve_version: str | None
+    kernel_version: str | None
+    uptime_seconds: int | None
+    cpu_model: str | None
+    cpu_count: int | None
+    cpu_usage: float | None
+    load_average: tuple[float, ...] | None
+    memory_total_bytes: int | None
+    memory_used_bytes: int | None
+    swap_total_bytes: int | None
+    swap_used_bytes: int | None
+    rootfs_total_bytes: int | None
+    rootfs_used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestSpec:
+    """What a guest is given, running or not."""
+
+    cores: int | None
+    memory_bytes: int | None
+    disk_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """One LXC container; where its configuration cannot be read its status is `unknown` and it has no `spec`."""
+
+    vmid: int
+    type: str = "lxc"
+    name: str
+    status: str
+    controller_version: str = ""
+    spec: GuestSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cloudflared:
+    """The tunnel's unit, in systemd's word for its state."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageTarget:
+    """A storage for backups (`pvesh get /nodes/NODE/storage`); this and the next four are defined, not filled yet."""
+
+    storage: str
+    type: str
+    status: str
+    total_bytes: int | None
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """A backup in a storage (`pvesh get /nodes/NODE/storage/STORAGE/content`)."""
+
+    vmid: int
+    storage: str
+    volid: str
+    created_at: str
+    size_bytes: int | None
+    verified: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreTest:
+    """A backup that was restored to see whether it can be."""
+
+    vmid: int
+    volid: str
+    tested_at: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PBSSnapshot:
+    """A snapshot on a Proxmox Backup Server."""
+
+    datastore: str
+    backup_type: str
+    backup_id: str
+    backup_time: str
+    size_bytes: int | None
+    verified: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """An operation that was carried out on the host."""
+
+    at: str
+    actor: str
+    operation: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostReport:
+    """What leaves the host; `reported_at` is UTC in RFC 3339, whole seconds, when the collect ended."""
+
+    host_id: str
+    agent_version: str
+    reported_at: str
+    host: HostMetrics
+    guests: tuple[Guest, ...]
+    cloudflared: Cloudflared
+    storage_targets: tuple[StorageTarget, ...] = ()
+    backups: tuple[Backup, ...] = ()
+    restore_tests: tuple[RestoreTest, ...] = ()
+    pbs_snapshots: tuple[PBSSnapshot, ...] = ()
+    audit_tail: tuple[AuditEntry, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the report as compact JSON in ASCII; a `spec` that is not known is left out."""
+
+        def fields(part: HostReport) -> dict[str, object]:
+            pairs = ((name, getattr(part, name)) for name in part.__slots__)
+            return {name: value for name, value in pairs if value is not None or name != "spec"}
+
+        return json.dumps(self, default=fields, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlEnvelope:
+    """The hub's answer.  Only `poll_interval_seconds` is acted on; None is what the hub did not say."""
+
+    poll_interval_seconds: int | None = None
+    blocked: bool | None = None
+    desired_generation: int | None = None
+    has_signed_ops: bool | None = None
+
+
+def parse_json(text: str) -> object:
+    """Return what `text` says; ValueError for all that is no JSON, NaN and nesting without end included."""
+
+    def refuse(name: str) -> object:
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_number(value: object) -> float | None:
+    """Return a finite number from 0 up, also from a string as Proxmox sends many; None for all else, a boolean too."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE:
+        return value  # NaN fails both comparisons
+    return None
+
+
+def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int | None:
+    """Return a whole number inside the bounds, None for all else."""
+    number = parse_number(value)
+    return int(number) if number is not None and number == int(number) and least <= number <= most else None
+
+
+def parse_text(value: object) -> str | None:
+    """Return a string of at most 256 characters that every JSON reader takes (lone surrogates replaced), None for all else."""
+    return value[:256].encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
+
+
+def parse_part(value: object, pattern: str) -> str | None:
+    """Return the part of a string that the group in `pattern` stands for, None where it does not match."""
+    match = re.match(pattern, parse_text(value) or "")
+    return match[1] if match else None
+
+
+def parse_object(value: object) -> Mapping[str, object]:
+    """Return a JSON object, an empty one for all else: its figures are then not known."""
+    return value if isinstance(value, dict) else {}
+
+
+def parse_volume_size(volume: object) -> int | None:
+    """Return the size in bytes of a volume such as `local:100/vm-100-disk-0.raw,size=8G`, 0 where it names none (a bind mount).
+
+    None where it cannot be read.  Source: PVE::JSONSchema, format `disk-size`.
+    """
+    first, *options = volume.split(",") if isinstance(volume, str) else ("",)
+    if not re.match(r"(volume=)?(/|[^:/]+:)", first):
+        return None
+    for option in options:
+        if option.startswith("size="):
+            match = re.fullmatch(r"size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)", option)
+            size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
+            return size if 0 < size <= MAX_FIGURE else None
+    return 0
+
+
+def build_host(node: str, status: Mapping[str, object], nodes: Iterable[Mapping[str, object]]) -> HostMetrics:
+    """Return the node's figures from `/nodes/NODE/status`, and its CPU usage from its own entry in `/nodes`."""
+    cpuinfo, memory, swap, rootfs = (parse_object(status.get(key)) for key in ("cpuinfo", "memory", "swap", "rootfs"))
+    release = parse_text(parse_object(status.get("current-kernel")).get("release"))
+    load = status.get("loadavg")
+    averages = [parse_number(value) for value in load] if isinstance(load, list) else []
+    known = tuple(value for value in averages if value is not None)
+    usage = parse_number(next((entry.get("cpu") for entry in nodes if entry.get("node") == node), None))
+    return HostMetrics(
+        node=node,
+        pve_version=parse_part(status.get("pveversion"), r"pve-manager/([^/\s]+)"),
+        kernel_version=release or parse_part(status.get("kversion"), r"Linux (\S+)"),  # Proxmox VE 7 has only the sentence
+        uptime_seconds=parse_integer(status.get("uptime")),
+        cpu_model=parse_text(cpuinfo.get("model")),
+        cpu_count=parse_integer(cpuinfo.get("cpus"), 1, 8192),
+        cpu_usage=usage if usage is not None and usage <= 1 else None,
+        load_average=known if len(known) == len(averages) == 3 else None,
+        memory_total_bytes=parse_integer(memory.get("total")),
+        memory_used_bytes=parse_integer(memory.get("used")),
+        swap_total_bytes=parse_integer(swap.get("total")),
+        swap_used_bytes=parse_integer(swap.get("used")),
+        rootfs_total_bytes=parse_integer(rootfs.get("total")),
+        rootfs_used_bytes=parse_integer(rootfs.get("used")),
+    )
+
+
+def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, object] | None, cpu_count: int | None) -> Guest:
+    """Return a container from its entry in the list and its configuration, None where that cannot be read."""
+    name, status = parse_text(listed.get("name")) or "", parse_text(listed.get("status")) or "unknown"
+    if config is None or status == "unknown":
+        return Guest(vmid=vmid, name=name, status="unknown")
+    memory = parse_integer(config.get("memory", 512), 1, MAX_FIGURE >> 20)  # MiB; 512 is Proxmox's own default
+    disk = parse_volume_size(config["rootfs"]) if "rootfs" in config else 0
+    spec = GuestSpec(
+        cores=parse_integer(config["cores"], 1, 8192) if "cores" in config else cpu_count,  # unset: all that the node has
+        memory_bytes=None if memory is None else memory << 20,
+        disk_bytes=parse_integer(listed.get("maxdisk")) if disk == 0 else disk,
+    )
+    return Guest(vmid=vmid, name=name, status=status, spec=spec)
+
+
+# ---- HTTPS transport --------------------------------------------------------------------------------------------------------
+
+# What to do about a failure that may happen with either server; README.md has the whole table for the operator.
+MENDS: Final[Mapping[str, str]] = {
+    "refused": "check host and port in {section}.url, and whether {daemon} runs there",
+    "timeout": "see whether that host or the network is overloaded; {section}.timeout_seconds is the limit",
+    "name": "check the host name in {section}.url, and this host's resolver",
+    "plain": "check the port in {section}.url: it must be the one for https",
+    "untrusted": "name the CA that signed it in {section}.ca_file",
+    "expired": "renew it, or set the clock of this host",
+    "hostname": "use one of these names in {section}.url",
+    "redirect": "set {section}.url to the address itself, nothing is followed",
+    "shape": "check {section}.url: this is not {server}",
+}
+
+
+class Failure(Exception):
+    """What went wrong with a request, as the key of its mend and in words."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
+# Told by type, never by text; the first that fits counts.
+FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str, str]]] = (
+    ((TimeoutError,), "timeout", "no complete answer in time"),
+    ((socket.gaierror,), "name", "the name cannot be resolved"),
+    ((ConnectionRefusedError,), "refused", "connection refused"),
+    ((ConnectionError, http.client.IncompleteRead), "cut", "the connection was closed before the answer was complete"),
+    ((ssl.SSLError,), "tls", "the TLS handshake failed"),
+    ((http.client.HTTPException, ValueError), "shape", "no answer in HTTP"),
+)
+
+
+def seconds_left(deadline: float) -> float:
+    """Return the seconds until `deadline` (monotonic); TimeoutError when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def build_context(section: str, ca_file: str, *, strict: bool = True, pinned: bool = False) -> ssl.SSLContext:
+    """Return a context that checks chain and host name, or, where the certificate is `pinned`, neither; ConfigError."""
+    if pinned:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False  # Connection.connect accepts one certificate only, whatever name it bears
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        try:
+            # cadata: the system's roots are loaded only where no file is named, and the file is read once.
+            pem = read_file(ca_file)[0].decode("ascii", "ignore") if ca_file else None
+            context = ssl.create_default_context(cadata=pem)
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not strict:
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+class Incoming(io.RawIOBase):
+    """What a socket receives until `deadline`, at most `allowance` bytes.
+
+    A socket's own time-out bounds one call only: a server that sends a byte a second would hold it for ever.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float, allowance: int) -> None:
+        self._sock, self._deadline, self._allowance = sock, deadline, allowance
+
+    def readable(self) -> bool:
+        """Return True: io.BufferedReader asks."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Receive what has come; OSError, Failure."""
+        self._sock.settimeout(seconds_left(self._deadline))
+        count = self._sock.recv_into(buffer)
+        self._allowance -= count
+        if self._allowance < 0:
+            raise Failure("shape", "the answer is too large")
+        return count
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return the file that http.client reads from."""
+        return io.BufferedReader(self)
+
+
+class Answer(http.client.HTTPResponse):
+    """An answer of http.client.  Its header is read here: the email package there costs more than all the rest of a call."""
+
+    def begin(self) -> None:
+        """Read status line and header; OSError, http.client.HTTPException."""
+        while True:
+            version, self.status, self.reason = self._read_status()  # type: ignore[attr-defined]
+            self.fields = self._read_fields()
+            if not 100 <= self.status < 200:  # those announce the answer
+                break
+        length = self.fields.get("content-length", "")
+        if not re.fullmatch(r"[0-9]{0,15}", length):
+            raise http.client.HTTPException("content-length")
+        self.chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
+        self.chunk_left = None
+        self.length = 0 if self.status in (204, 304) else int(length) if length and not self.chunked else None
+        keeps = self.fields.get("connection", "" if version == "HTTP/1.1" else "close").lower() != "close"
+        self.will_close = not keeps or (self.length is None and not self.chunked)
+
+    def _read_fields(self) -> dict[str, str]:
+        fields: dict[str, str] = {}
+        for _ in range(MAX_HEADERS):
+            line = self.fp.readline(MAX_HEADER_BYTES + 1)
+            if line in (b"\r\n", b"\n"):
+                return fields
+            if not line.endswith(b"\n"):
+                raise http.client.LineTooLong("header") if len(line) > MAX_HEADER_BYTES else http.client.IncompleteRead(b"")
+            name, _, value = line.decode("latin-1").partition(":")
+            name, value = name.strip().lower(), value.strip()
+            # The first counts, as in http.client: pveproxy says `close` and then `Keep-Alive`, and closes.
+            if fields.setdefault(name, value) != value and name == "content-length":
+                raise http.client.HTTPException("two lengths")
+        raise http.client.HTTPException("too many header lines")
+
+
+class Connection:
+    """One connection, made when it is first used, kept until it is closed."""
+
+    def __init__(self, address: str, context: ssl.SSLContext | None, *, pin: str = "", tunnel: str = "", tunnel_header: str = "") -> None:
+        self._address = urllib.parse.urlsplit(f"//{address}")
+        self._name = urllib.parse.urlsplit(f"//{tunnel or address}").hostname
+        self._tunnel = f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{tunnel_header}\r\n".encode("latin-1") if tunnel else b""
+        self._context = context
+        self._pin = pin
+        self.sock: socket.socket | None = None
+        self.deadline = 0.0
+
+    def ask(self, data: bytes, deadline: float) -> bool:
+        """Send `data`, to be answered until `deadline`; tell whether the connection had been used before."""
+        self.deadline = deadline
+        if self.sock is not None and is_readable(self.sock):
+            self.close()  # by the server, or there is an answer too many, which would pass for the next one
+        reused = self.sock is not None
+        self._send(self.sock or self.connect(), data)
+        return reused
+
+    def answer(self, allowance: int) -> Answer:
+        """Return the answer with its header read; OSError, http.client.HTTPException, Failure."""
+        if self.sock is None:
+            raise ConnectionResetError
+        answer = Answer(Incoming(self.sock, self.deadline, allowance))  # type: ignore[arg-type]  # makefile is all it asks of a socket
+        answer.begin()
+        return answer
+
+    def connect(self) -> socket.socket:
+        """Connect, through the proxy's tunnel if there is one, and shake hands, all until `deadline`.
+
+        Name resolution is the one step that Python cannot bound: `main` bounds it through the resolver's own settings.
+        """
+        port = self._address.port or (443 if self._context else 80)
+        addresses = socket.getaddrinfo(self._address.hostname, port, type=socket.SOCK_STREAM)
+        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            sock = self.sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(seconds_left(self.deadline) / left)  # an address that does not answer leaves time for the next
+                sock.connect(address)
+                break
+            except OSError:
+                self.close()
+                if left == 1:
+                    raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tunnel:
+            self._send(sock, self._tunnel)
+            if self.answer(MAX_HEADER_BYTES).status != 200:
+                raise Failure("proxy", "the proxy does not let us through")
+        if self._context is None:
+            return sock
+        sock.settimeout(seconds_left(self.deadline))  # which bounds a handshake as a whole
+        tls = self.sock = self._context.wrap_socket(sock, server_hostname=self._name)
+        if self._pin and self._pin != hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest():
+            raise Failure("fingerprint", "the certificate is not the pinned one")
+        return tls
+
+    def close(self) -> None:
+        """Close it; the next question opens it again."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+    def _send(self, sock: socket.socket, data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # sendall of a TLS socket would give each part the whole time
+            sock.settimeout(seconds_left(self.deadline))
+            view = view[sock.send(view) :]
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Tell whether there is something to read, the end of the connection included."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0)) or (isinstance(sock, ssl.SSLSocket) and sock.pending() > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A question that was asked, or could not be (`failure`), and its connection, on which the answer comes."""
+
+    label: str
+    data: bytes
+    connection: Connection
+    reused: bool
+    failure: Exception | None
+
+
+class Server(urllib.request.BaseHandler):
+    """One server: kept connections, hard deadlines, capped answers, and every failure as one of two errors.
+
+    It is a handler of urllib.request, which is the door for single calls and brings the proxy rules; `fetch_all` goes past
+    it.  No other handler is installed, so nothing follows a redirect, opens a file or asks for a password.
+    """
+
+    mends: Mapping[str, str] = MENDS
+
+    def __init__(
+        self, url: str, authorization: str, secret: str, timeout_seconds: int, limit_bytes: int, context: ssl.SSLContext | None, pin: str = ""
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.ends = math.inf  # of the cycle; outside of one no connection is kept
+        self.facts: dict[str, str] = {}  # what stands for the names in `mends`
+        self.secrets = secret_forms(secret)
+        self._parts = urllib.parse.urlsplit(self.url)
+        self._context, self._pin = context, pin
+        self._timeout, self._limit = timeout_seconds, limit_bytes
+        self._header = (
+            f"Host: {self._parts.netloc}\r\nAuthorization: {authorization}\r\nUser-Agent: felhom-agent/{__version__}\r\n"
+            "Accept: application/json\r\nAccept-Encoding: identity\r\n"
+        )
+        self._idle: list[Connection] = []
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self)
+
+    def fetch(self, path: str, body: bytes | None = None) -> str:
+        """Return the body of the answer to one GET, or to a POST of `body` as JSON; TransportError, HTTPError."""
+        try:
+            return cast(str, self.opener.open(urllib.request.Request(self.url + path, body)))
+        finally:
+            if self.ends == math.inf:
+                self.close()
+
+    def fetch_all(self, paths: Iterable[str], in_flight: int) -> Iterator[tuple[int, str | AgentError]]:
+        """Yield the number of each path with the answer to its GET, or the error, in the order in which they come.
+
+        One thread asks on several connections and reads whichever answers first, so a slow answer holds no other up.
+        """
+        todo = enumerate(paths)
+        waiting: dict[int, Exchange] = {}
+        try:
+            while True:
+                while len(waiting) < in_flight and (item := next(todo, None)):
+                    waiting[item[0]] = self._ask("GET", self._parts.path + item[1])
+                if not waiting:
+                    return
+                number = first_answered(waiting)
+                try:
+                    yield number, self._answer(waiting.pop(number))
+                except AgentError as exc:
+                    yield number, exc
+        finally:
+            for exchange in waiting.values():
+                exchange.connection.close()
+            if self.ends == math.inf:
+                self.close()
+
+    def http_open(self, request: urllib.request.Request) -> str:
+        """Answer urllib.request, which comes here after its proxy rules."""
+        connection = None
+        if request.host != self._parts.netloc:  # a proxy, and always for https: plain http goes to loopback addresses only
+            header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
+            tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:443"
+            connection = Connection(request.host, self._context, pin=self._pin, tunnel=tunnel, tunnel_header=header)
+        return self._answer(self._ask(request.get_method(), request.selector, cast("bytes | None", request.data), connection))
+
+    https_open = http_open
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
+        """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError.
+
+        Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
+        very certificate that the first one met, even if it has expired.
+        """
+        context = build_context("", "", pinned=True)
+        for last in (False, True):
+            connection = Connection(self._parts.netloc, context)
+            connection.deadline = deadline
+            try:
+                sock = cast(ssl.SSLSocket, connection.connect())
+                encoded, said = sock.getpeercert(binary_form=True) or b"", sock.getpeercert() or {}
+            finally:
+                connection.close()
+            if not last:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname = False
+                context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+                context.load_verify_locations(cadata=encoded)
+        return said, hashlib.sha256(encoded).digest().hex(":").upper()
+
+    def cause(self, status: int, reason: str) -> str:
+        """Return the key of the mend for a status."""
+        return "redirect" if 300 <= status < 400 else str(status)
+
+    def mended(self, text: str, key: str) -> str:
+        """Return the text of an error with its mend."""
+        mend = self.mends.get(key, "").format(**self.facts)
+        return f"{text}; {mend}" if mend else text
+
+    def _ask(self, method: str, path: str, body: bytes | None = None, connection: Connection | None = None) -> Exchange:
+        """Send a request, on a kept connection where there is one; a failure waits for `_answer`."""
+        if connection is None:
+            connection = self._idle.pop() if self._idle else Connection(self._parts.netloc, self._context, pin=self._pin)
+        length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        data = f"{method} {path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
+        reused, failure = False, None
+        try:
+            reused = connection.ask(data, min(time.monotonic() + self._timeout, self.ends))
+        except (OSError, http.client.HTTPException, ValueError, Failure) as exc:
+            failure = exc
+        return Exchange(f"{method} {path.removeprefix('/api2/json')}", data, connection, reused, failure)
+
+    def _answer(self, exchange: Exchange) -> str:
+        """Read the answer; a kept connection that turns out to be gone is replaced once."""
+        connection = exchange.connection
+        try:
+            try:
+                if exchange.failure is not None:
+                    raise exchange.failure
+                body = self._read(exchange)
+            except (ConnectionResetError, BrokenPipeError):
+                if not exchange.reused:  # and so never a POST, which is alone on its connection
+                    raise
+                connection.close()
+                connection.ask(exchange.data, connection.deadline)
+                body = self._read(exchange)
+        except (http.client.HTTPException, ValueError) as exc:
+            connection.close()
+            raise self._explain(exchange.label, exc, connection.deadline) from None  # they quote the server
+        except (OSError, Failure) as exc:
+            connection.close()
+            raise self._explain(exchange.label, exc, connection.deadline) from exc
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return body
+
+    def _read(self, exchange: Exchange) -> str:
+        """Return the body of a success; HTTPError, and what the layers below raise."""
+        with exchange.connection.answer(self._limit + MAX_HEADERS * MAX_HEADER_BYTES) as answer:
+            if not 200 <= answer.status < 300:
+                raise self._refusal(exchange.label, answer)
+            if (answer.length or 0) > self._limit:  # asked before a buffer of that size is made
+                raise Failure("shape", "the answer is too large")
+            body = answer.read(self._limit + 1)
+            if len(body) > self._limit:
+                raise Failure("shape", "the answer is too large")
+            if answer.length:
+                raise http.client.IncompleteRead(b"")
+        if answer.will_close:
+            exchange.connection.close()
+        return body.decode()
+
+    def _refusal(self, label: str, answer: Answer) -> HTTPError:
+        """Return the error for a status that is no success; the body is not read."""
+        reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
+        return HTTPError(
+            self.mended(f"{label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
+            status=answer.status,
+            reason=reason,
+            headline=f"{self.facts['server']} answered {answer.status}",
+            retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
+        )
+
+    def _explain(self, label: str, exc: Exception, deadline: float) -> TransportError:
+        """Return the operator's error for what went wrong."""
+        key, text = next(((key, text) for types, key, text in FAILURES if isinstance(exc, types)), ("", ""))
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            key, text = self._explain_certificate(exc.verify_code, deadline)
+        elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            key, text = "plain", "no TLS there"
+        elif isinstance(exc, Failure):
+            key, text = exc.key, str(exc)
+        elif isinstance(exc, OSError) and not text:
+            text = exc.strerror or type(exc).__name__
+        return TransportError(self.mended(f"{label}: {self._parts.netloc}: {text}", key), headline=f"{self.facts['server']} unreachable")
+
+    def _explain_certificate(self, code: int, deadline: float) -> tuple[str, str]:
+        """Return key and text for a certificate that was refused with an OpenSSL verification code."""
+        try:
+            said, _ = self.read_certificate(deadline)
+        except (OSError, ValueError):
+            said = {}
+        if code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+            return "hostname", f"the certificate is for {clean(', '.join(name for _, name in said.get('subjectAltName', ())))}"
+        if code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+            return "expired", f"the certificate is not valid now, only from {said.get('notBefore', '?')} to {said.get('notAfter', '?')}"
+        return "untrusted", "the certificate is not signed by a CA that is trusted here"
+
+
+def first_answered(waiting: Mapping[int, Exchange]) -> int:
+    """Return the number of an exchange that has failed or has an answer to read, else of one whose time is up."""
+    descriptors = {}
+    poller = select.poll()
+    for number, exchange in waiting.items():
+        if len(waiting) == 1 or exchange.failure is not None or exchange.connection.sock is None:
+            return number
+        descriptors[exchange.connection.sock.fileno()] = number
+        poller.register(exchange.connection.sock, select.POLLIN)
+    first = min(waiting, key=lambda number: waiting[number].connection.deadline)
+    ready = poller.poll(max(0.0, waiting[first].connection.deadline - time.monotonic()) * 1000)
+    return descriptors[ready[0][0]] if ready else first
+
+
+def parse_retry_after(value: str, now: float) -> float | None:
+    """Return the seconds that a Retry-After header asks to wait, at most an hour; None where it says nothing."""
+    if re.fullmatch(r"[0-9]{1,10}", value):
+        return float(min(int(value), MAX_POLL_SECONDS))
+    try:
+        return max(0.0, min(email.utils.parsedate_to_datetime(value).timestamp() - now, MAX_POLL_SECONDS))
+    except (ValueError, OverflowError, TypeError):
+        return None
+
+
+# ---- Proxmox client ---------------------------------------------------------------------------------------------------------
+
+AnyJSON = TypeVar("AnyJSON", dict[str, object], list[object])
+
+
+class ProxmoxClient(Server):
+    """Reads one node, with GET only; each answer is narrowed to objects before it is handed out."""
+
+    mends: Mapping[str, str] = {
+        **MENDS,
+        "401": "check proxmox.token_id and proxmox.token_secret; `pveum user token list {user}` shows the tokens and when they expire",
+        "403": GRANT,
+        "node": "proxmox.node is {node}, but `pvesh get /nodes` lists {nodes} (upper and lower case differ)",
+        "pvedaemon": "see whether it runs: systemctl status pvedaemon",
+        "pmxcfs": "see whether it runs: systemctl status pve-cluster",
+        "501": "this Proxmox VE does not have the call, versions 8 and 9 do; check proxmox.url",
+        "untrusted": "name its CA in proxmox.ca_file, /etc/pve/pve-root-ca.pem where it is Proxmox's own",
+        "fingerprint": "compare proxmox.fingerprint with `pvenode cert info`",
+    }
+
+    def __init__(self, config: ProxmoxConfig) -> None:
+        # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only that
+        # is waived; chain and host name are checked.  https://docs.python.org/3/library/ssl.html#ssl.create_default_context
+        pinned = bool(config.fingerprint)
+        context = build_context("proxmox", config.ca_file, strict=False, pinned=pinned) if is_https(config.url) else None
+        authorization = f"PVEAPIToken={config.token_id}={config.token_secret}"
+        pin = config.fingerprint.replace(":", "").lower()
+        super().__init__(config.url, authorization, config.token_secret, config.timeout_seconds, MAX_PROXMOX_BYTES, context, pin)
+        self.node = config.node
+        self.token_id = config.token_id
+        self.user = config.token_id.partition("!")[0]
+        self.collect_seconds = COLLECT_TIMEOUTS * config.timeout_seconds
+        self.facts |= {"section": "proxmox", "server": "Proxmox", "daemon": "pveproxy", "user": self.user, "node": self.node, "nodes": ""}
+        self._echoes = [form for form in self.secrets if len(form) > 7]  # shorter ones would match by chance
+
+    @contextlib.contextmanager
+    def cycle(self) -> Iterator[None]:
+        """Bound all calls within to `collect_seconds` together, and close the connections at the end."""
+        self.ends = time.monotonic() + self.collect_seconds
+        try:
+            yield
+        finally:
+            self.ends = math.inf
+            self.close()
+
+    def version(self) -> Mapping[str, object]:
+        """Return `version` and more (`pvesh get /version`); needs no privilege."""
+        return parse_object(self._get("/version"))
+
+    def permissions(self) -> Mapping[str, object]:
+        """Return path → privilege → 1 of this token (`pvesh get /access/permissions`); needs no privilege."""
+        return self._narrow("/access/permissions", self._get("/access/permissions"), dict)
+
+    def nodes(self) -> list[Mapping[str, object]]:
+        """Return an entry for each node of the cluster (`pvesh get /nodes`); `cpu` in it needs Sys.Audit."""
+        entries = self._objects("/nodes")
+        self.facts["nodes"] = clean(", ".join(sorted(str(entry.get("node")) for entry in entries)))
+        return entries
+
+    def node_status(self) -> Mapping[str, object]:
+        """Return the node's figures (`pvesh get /nodes/NODE/status`); needs Sys.Audit on /nodes/NODE."""
+        path = f"/nodes/{self.node}/status"
+        return self._narrow(path, self._get(path), dict)
+
+    def list_lxc(self) -> list[Mapping[str, object]]:
+        """Return an entry for each container that the token may see (`pvesh get /nodes/NODE/lxc`); needs VM.Audit."""
+        return self._objects(f"/nodes/{self.node}/lxc")
+
+    def guest_config(self, vmid: int) -> Mapping[str, object]:
+        """Return a container's configuration (`pvesh get /nodes/NODE/lxc/VMID/config --current 1`); needs VM.Audit on /vms/VMID."""
+        ((_, config),) = self.guest_configs([vmid])
+        if isinstance(config, AgentError):
+            raise config
+        return config
+
+    def guest_configs(self, vmids: Sequence[int]) -> Iterator[tuple[int, Mapping[str, object] | AgentError]]:
+        """Yield each container's configuration, or why it cannot be read, in the order in which they come."""
+        # current=1: else changes that wait for the guest's next start are mixed in.
+        paths = [f"/nodes/{self.node}/lxc/{vmid}/config?current=1" for vmid in vmids]
+        in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
+        for number, answer in self.fetch_all((f"/api2/json{path}" for path in paths), in_flight):
+            try:
+                if isinstance(answer, AgentError):
+                    raise answer
+                yield vmids[number], self._narrow(paths[number], self._unwrap(paths[number], answer), dict)
+            except AgentError as exc:
+                yield vmids[number], exc
+
+    def cause(self, status: int, reason: str) -> str:
+        """Tell by status and reason phrase what is wrong, as measured on Proxmox's own daemons."""
+        if status in (595, 596, 599) or (status == 500 and reason.startswith("hostname lookup")):
+            known = self.node in ("localhost", *self.facts["nodes"].split(", "))
+            return "pvedaemon" if known or not self.facts["nodes"] else "node"
+        return "pmxcfs" if status == 500 and "Unable to load access control list" in reason else super().cause(status, reason)
+
+    def misfit(self, path: str, what: str = "no answer of the Proxmox API") -> TransportError:
+        """Return the error for an answer in another shape than Proxmox's."""
+        return TransportError(self.mended(f"GET {path}: {what}", "shape"), headline="Proxmox answered nonsense")
+
+    def _get(self, path: str) -> object:
+        return self._unwrap(path, self.fetch(f"/api2/json{path}"))
+
+    def _objects(self, path: str) -> list[Mapping[str, object]]:
+        return [self._narrow(path, entry, dict) for entry in self._narrow(path, self._get(path), list)]
+
+    def _unwrap(self, path: str, body: str) -> object:
+        for form in self._echoes:  # a secret that comes back goes no further
+            body = body.replace(form, "***")
+        try:
+            return self._narrow(path, parse_json(body), dict)["data"]
+        except (ValueError, KeyError):
+            raise self.misfit(path) from None
+
+    def _narrow(self, path: str, value: object, kind: type[AnyJSON]) -> AnyJSON:
+        if not isinstance(value, kind):
+            raise self.misfit(path)
+        return value
+
+
+def diagnose_token(permissions: Mapping[str, object], token_id: str, node: str) -> tuple[bool, list[str]]:
+    """Return whether the token sees all guests, and what is wrong with its rights, in the operator's words.
+
+    Judged as Proxmox does: the deepest path that is listed decides, and what is granted there with 1 holds below it, with 0 only
+    there.  Source: PVE::AccessControl, `roles`.
+    """
+
+    def holds(privilege: str, path: str) -> bool:
+        if path in permissions:
+            return privilege in parse_object(permissions[path])
+        while path != "/":
+            path = path.rpartition("/")[0] or "/"
+            handed_down = [name for name, value in parse_object(permissions.get(path)).items() if value]
+            if handed_down:
+                return privilege in handed_down
+        return False
+
+    user, _, name = token_id.partition("!")
+    grant = GRANT.format(user=user)
+    sees_all = holds("VM.Audit", "/vms")
+    lacking = [f"{right} on {path}" for right, path in (("Sys.Audit", f"/nodes/{node}"), ("VM.Audit", "/vms")) if not holds(right, path)]
+    some = sorted(path.removeprefix("/vms/") for path in permissions if path.startswith("/vms/") and holds("VM.Audit", path))
+    more = {right for granted in permissions.values() for right in parse_object(granted) if not right.endswith(".Audit")}
+    wrong = []
+    if not permissions:
+        wrong.append(
+            f"token {token_id} has no rights at all; with privilege separation it has only those that its user {user} has too: "
+            f"{grant} && pveum user token modify {user} {name} --privsep 0"
+        )
+    elif lacking:
+        wrong.append(f"token {token_id} lacks {' and '.join(lacking)}; {grant}")
+    if some and not sees_all:
+        wrong.append(f"only these guests are reported, the token has VM.Audit on no others: {clean(', '.join(some))}")
+    if more:
+        wrong.append(f"token {token_id} can do more than read: {clean(', '.join(sorted(more)))}; the role PVEAuditor is enough")
+    return sees_all, wrong
+
+
+# ---- systemd ----------------------------------------------------------------------------------------------------------------
+
+
+class CloudflaredProber(Protocol):
+    """Whatever can tell the state of the tunnel."""
+
+    def probe(self) -> str:
+        """Return systemd's word for the state, `unknown` where it cannot be asked."""
+
+
+class SystemctlProber:
+    """Asks `systemctl is-active UNIT`.  Its word counts, not its exit status, which differs between releases."""
+
+    def __init__(self, unit: str, *, logger: logging.Logger = LOG) -> None:
+        self._command = ["systemctl", "is-active", "--", unit]
+        self._changes = Changes(logger)
+
+    def probe(self) -> str:
+        """Return the word, `unknown` where systemd cannot be asked."""
+        try:
+            said, why = self._ask().decode("ascii", "replace").strip(), "says nothing that can be used"
+        except (OSError, ValueError, subprocess.SubprocessError) as exc:
+            said, why = "", getattr(exc, "strerror", None) or type(exc).__name__
+        if re.fullmatch(r"[a-z-]{2,20}", said):
+            self._changes.right("prober", f"{' '.join(self._command)}: answers again")
+            return said
+        self._changes.wrong("prober", f"{' '.join(self._command)}: {why}; cloudflared.status is unknown")
+        return "unknown"
+
+    def _ask(self) -> bytes:
+        """Return what the child prints, at most 256 bytes; OSError, TimeoutError after PROBE_SECONDS."""
+        deadline = time.monotonic() + PROBE_SECONDS
+        # No shell, and nothing of our environment but the path, so no secret reaches the child.
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(self._command, env=environment, start_new_session=True, **pipes) as child:  # type: ignore[call-overload]
+            try:
+                said = b""
+                poller = select.poll()
+                poller.register(child.stdout)
+                while len(said) < 256 and poller.poll(seconds_left(deadline) * 1000) and (more := os.read(child.stdout.fileno(), 256)):
+                    said += more
+                seconds_left(deadline)
+                return said
+            finally:
+                os.killpg(child.pid, signal.SIGKILL)  # it is not reaped yet, so the group is still its own: it and all that it started
+
+
+def notify(text: str) -> None:
+    """Send a message to systemd (sd_notify(3)) where it listens; never waits, never fails."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(text.encode(), socket.MSG_DONTWAIT, re.sub("^@", "\0", address))
+
+
+def notify_wait(status: str, seconds: float) -> None:
+    """Tell systemd how it goes, and that the agent hangs if it says nothing more for `seconds`."""
+    watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={math.ceil(seconds) * 1_000_000}\n" if "WATCHDOG_USEC" in os.environ else ""
+    notify(f"READY=1\n{watchdog}STATUS={clean(status)}")
+
+
+class LineFormatter(logging.Formatter):
+    """Lines that nobody else can forge: secrets replaced, control characters escaped, all after the first indented."""
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
+        self.journal = journal
+        self.secrets: tuple[str, ...] = ()
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the standard library's name
+        """Return the first line."""
+        return clean(super().formatMessage(record), self.secrets, 2000)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as lines, for the journal with their priority in front (sd-daemon(3))."""
+        first, *more = super().format(record).split("\n")
+        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+        prefix = f"<{priority}>" if self.journal else ""
+        return "".join(f"{prefix}{line}\n" for line in [first, *(f"    {clean(line, self.secrets, 2000)}" for line in more)])
+
+
+class StderrHandler(logging.Handler):
+    """Writes to standard error, and drops what cannot be written: a log that is full or not read must not stop the heartbeat."""
+
+    patience_ms = 1000
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, waiting a second at most, and not again until something has been written."""
+        text = self.format(record)
+        try:
+            descriptor = sys.stderr.fileno()
+        except (AttributeError, OSError, ValueError):  # there is none, or it is no file
+            print(text, end="", file=sys.stderr)
+            return
+        with contextlib.suppress(OSError):
+            poller = select.poll()
+            poller.register(descriptor, select.POLLOUT)
+            for line in text.encode("utf-8", "backslashreplace").splitlines(keepends=True):
+                if not poller.poll(self.patience_ms):
+                    self.patience_ms = 0
+                    return
+                os.write(descriptor, line[:4096])  # a pipe that is writable takes as much at once
+            self.patience_ms = 1000
+
+
+def is_journal(stream: str) -> bool:
+    """Tell whether standard error is the journal's `stream`, $JOURNAL_STREAM of systemd.exec(5)."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return stream == f"{status.st_dev}:{status.st_ino}"
+
+
+# ---- collector --------------------------------------------------------------------------------------------------------------
+
+
+class Collector:
+    """Reads the node once and builds the report."""
+
+    def __init__(
+        self, proxmox: ProxmoxClient, cloudflared: CloudflaredProber, *, host_id: str, agent_version: str, logger: logging.Logger
+    ) -> None:
+        self.proxmox = proxmox
+        self._cloudflared = cloudflared
+        self._host_id = host_id
+        self._agent_version = agent_version
+        self._changes = Changes(logger)
+        self._diagnosed = False
+
+    def collect(self) -> HostReport:
+        """Return the report; AgentError where node status or guest list cannot be read, for then there is nothing true to say."""
+        with self.proxmox.cycle():
+            if not self._diagnosed:
+                self._sees_all_guests()
+            nodes = self._nodes()
+            try:
+                status = self.proxmox.node_status()
+                listed = self._list_guests()
+            except HTTPError as exc:
+                if exc.status == 403:
+                    self._sees_all_guests()
+                raise
+            host = build_host(self.proxmox.node, status, nodes)
+            guests = self._read_guests(listed, host.cpu_count)
+        cloudflared = Cloudflared(status=self._probe())
+        reported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return HostReport(
+            host_id=self._host_id,
+            agent_version=self._agent_version,
+            reported_at=reported_at,
+            host=host,
+            guests=guests,
+            cloudflared=cloudflared,
+        )
+
+    def _sees_all_guests(self) -> bool:
+        """Diagnose the token, warn of what is wrong with it, and tell whether it is known to see all guests."""
+        try:
+            permissions = self.proxmox.permissions()
+        except AgentError as exc:
+            self._changes.wrong("rights", f"the token's rights are not known: {exc}")
+            return False
+        sees_all, wrong = diagnose_token(permissions, self.proxmox.token_id, self.proxmox.node)
+        self._diagnosed = True
+        if wrong:
+            self._changes.wrong("rights", " | ".join(wrong))
+        else:
+            self._changes.right("rights", "the token's rights are as they should be")
+        return sees_all
+
+    def _nodes(self) -> list[Mapping[str, object]]:
+        try:
+            nodes = self.proxmox.nodes()
+        except AgentError as exc:
+            self._changes.wrong("nodes", f"cpu_usage is unknown: {exc}")
+            return []
+        self._changes.right("nodes", "cpu_usage can be read again")
+        return nodes
+
+    def _list_guests(self) -> dict[int, Mapping[str, object]]:
+        """Return the entries of the guest list by vmid, in their order."""
+        path = f"/nodes/{self.proxmox.node}/lxc"
+        listed: dict[int, Mapping[str, object]] = {}
+        for entry in self.proxmox.list_lxc():
+            vmid = parse_integer(entry.get("vmid"), 100, 999_999_999)
+            if vmid is None:  # to leave it out would claim that it does not exist
+                raise self.proxmox.misfit(path, "a guest without a vmid")
+            listed.setdefault(vmid, entry)
+        # Proxmox leaves out what the token may not see and says nothing, so an empty list alone does not mean no guests.
+        if not listed and not self._sees_all_guests():
+            text = f"GET {path}: an empty list, and the token is not known to have VM.Audit on /vms; {GRANT.format(user=self.proxmox.user)}"
+            raise AgentError(text, headline="token lacks VM.Audit", retryable=False)
+        return dict(sorted(listed.items()))
+
+    def _read_guests(self, listed: Mapping[int, Mapping[str, object]], cpu_count: int | None) -> tuple[Guest, ...]:
+        guests: dict[int, Guest] = {}
+        failed: dict[int, AgentError] = {}
+        for vmid, config in self.proxmox.guest_configs(list(listed)):
+            if isinstance(config, AgentError):
+                failed[vmid] = config
+            guests[vmid] = build_guest(vmid, listed[vmid], None if isinstance(config, AgentError) else config, cpu_count)
+        if failed:
+            named = ", ".join(str(vmid) for vmid in sorted(failed)[:10]) + (", …" if len(failed) > 10 else "")
+            self._changes.wrong("guests", f"{len(failed)} of {len(listed)} guests are unknown ({named}): {failed[min(failed)]}")
+        else:
+            self._changes.right("guests", "all guests can be read again")
+        if any(isinstance(exc, HTTPError) and exc.status == 403 for exc in failed.values()):
+            self._sees_all_guests()
+        return tuple(guests[vmid] for vmid in listed)
+
+    def _probe(self) -> str:
+        try:
+            return self._cloudflared.probe()
+        except Exception as exc:  # a prober is handed in, and whatever is wrong with it is no reason to be silent
+            self._changes.wrong("prober", f"cloudflared.status is unknown: {type(exc).__name__}", exc)
+            return "unknown"
+
+
+# ---- hub client -------------------------------------------------------------------------------------------------------------
+
+
+class HubClient(Server):
+    """Posts reports."""
+
+    mends: Mapping[str, str] = {
+        **MENDS,
+        "401": "check hub.api_key",
+        "403": "check hub.api_key and hub.host_id",
+        "404": "check hub.url, to which the agent adds /api/v1/host-report",
+        "proxy": "check https_proxy and no_proxy",
+    }
+
+    def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
+        context = build_context("hub", config.ca_file) if is_https(config.url) else None
+        super().__init__(config.url, f"Bearer {config.api_key}", config.api_key, config.timeout_seconds, MAX_ENVELOPE_BYTES, context)
+        self.facts |= {"section": "hub", "server": "hub", "daemon": "the hub"}
+        if not is_loopback(self._parts.hostname):
+            self.opener.add_handler(urllib.request.ProxyHandler())
+        self._logger = logger
+        self._changes = Changes(logger)
+
+    def report(self, report: HostReport) -> ControlEnvelope:
+        """Send one report and return the hub's answer; TransportError, HTTPError."""
+        body = self.fetch("/api/v1/host-report", report.to_json().encode())
+        try:
+            document = parse_json(body) if body.strip() else {}
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise TransportError(self.mended("POST /api/v1/host-report: no envelope", "shape"), headline="hub answered nonsense")
+        wish = document.get("poll_interval_seconds")
+        seconds = parse_whole(wish)
+        if seconds is None and "poll_interval_seconds" in document:
+            shown = clean(json.dumps(wish), self.secrets, 40)
+            self._changes.wrong("interval", f"the hub's poll_interval_seconds is no whole number and is ignored: {shown}")
+        else:
+            self._changes.right("interval", "the hub's poll_interval_seconds is as it should be")
+        blocked, signed_ops = (value if isinstance(value := document.get(key), bool) else None for key in ("blocked", "has_signed_ops"))
+        generation = parse_whole(document.get("desired_generation"))
+        self._logger.debug("envelope: blocked %s, desired_generation %s, has_signed_ops %s", blocked, generation, signed_ops)
+        return ControlEnvelope(
+            poll_interval_seconds=seconds, blocked=blocked, desired_generation=generation, has_signed_ops=signed_ops
+        )
+
+
+def parse_whole(value: object) -> int | None:
+    """Return a JSON whole number; None for all else, a boolean and a float too large to be exact (1e99) included."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_FIGURE:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+# ---- loop -------------------------------------------------------------------------------------------------------------------
+
+
+def next_try(*, started: float, now: float, interval: float, failures: int, error: Exception | None, fraction: float) -> float:
+    """Return when to try next, on the clock of `started` (when this cycle was due) and `now` (its end); all in seconds.
+
+    After a success, and after an error that asking again cannot mend: the next whole interval after `started`, so that nothing
+    drifts and a missed tick is skipped.  After any other: min(interval, 15 · 4^failures) from now, times a factor from 0.5 to 1
+    (`fraction` goes from 0 to 1), `failures` being those in a row before this one.  Where the server said Retry-After, not before
+    that, and spread over four times as long again, an interval at most, so that agents told the same do not return together.
+    """
+    if error is None or not getattr(error, "retryable", True):
+        return started + interval * (math.floor((now - started) / interval) + 1)
+    delay = min(interval, RETRY_SECONDS * 4.0 ** min(failures, 6)) * (0.5 + fraction / 2)
+    told: float | None = getattr(error, "retry_after", None)
+    return now + (delay if told is None else max(delay, told + min(interval, 4 * told) * fraction))
+
+
+class Loop:
+    """Collects and reports for ever.  Clock, wait, randomness and the word to systemd are handed in."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        client: HubClient,
+        interval: float,
+        *,
+        logger: logging.Logger,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+        fraction: Callable[[], float] = random.random,
+        tell: Callable[[str, float], None] = notify_wait,
+    ) -> None:
+        self.interval = interval
+        self._collector, self._client, self._logger = collector, client, logger
+        self._clock, self._wait, self._fraction, self._tell = clock, wait, fraction, tell
+        self._changes = Changes(logger)
+        self._failures = 0
+        self._failing_since = (0.0, "")
+
+    def run(self, cycles: int | None = None) -> None:
+        """Run the first cycle at once and each further one when it is due, `cycles` of them or without end."""
+        due = self._clock()
+        while cycles is None or cycles > 0:
+            cycles = None if cycles is None else cycles - 1
+            failures = self._failures
+            error, status = self.cycle()
+            now = self._clock()
+            due = next_try(started=due, now=now, interval=self.interval, failures=failures, error=error, fraction=self._fraction())
+            self._tell(f"{status}, next in {due - now:.0f} s", due - now)
+            self._wait(due - now)
+
+    def cycle(self) -> tuple[Exception | None, str]:
+        """Collect, report and adopt the hub's interval; return what failed, and how it goes in half a line."""
+        started = self._clock()
+        try:
+            report = self._collector.collect()
+            envelope = self._client.report(report)
+        except Exception as exc:  # faults of our own too: the next cycle may do better, an agent that has ended never will
+            return exc, self._failed(exc, started)
+        if self._failures:
+            lasted = self._clock() - self._failing_since[0]
+            self._changes.right("cycle", f"report accepted again, after {self._failures} failed tries in {lasted:.0f} s")
+            self._failures = 0
+        self._logger.debug("report accepted, %d guests", len(report.guests))
+        self._adopt(envelope)
+        return None, f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
+
+    def _failed(self, exc: Exception, started: float) -> str:
+        if not self._failures:
+            self._failing_since = (started, time.strftime("%H:%M"))
+        self._failures += 1
+        if isinstance(exc, AgentError):
+            headline = exc.headline
+            self._changes.wrong("cycle", str(exc))
+        else:
+            headline = "fault of the agent"
+            self._changes.wrong("cycle", f"a fault of the agent, please report it: {type(exc).__name__}", exc)
+        return f"{headline} since {self._failing_since[1]}, {self._failures} {'try' if self._failures == 1 else 'tries'}"
+
+    def _adopt(self, envelope: ControlEnvelope) -> None:
+        wish = envelope.poll_interval_seconds
+        if wish is None:
+            return
+        interval = clamp_poll(wish)
+        if interval != wish:
+            self._changes.wrong("clamp", f"the hub asks for {clean(f'{wish:.6g}')} s, using {interval} s")
+        else:
+            self._changes.right("clamp", f"the hub asks for {wish} s")
+        if interval != self.interval:
+            self._logger.info("interval %d s adopted, it was %d s", interval, self.interval)
+            self.interval = interval
+
+
+# ---- command line -----------------------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """SIGTERM or SIGINT came; no Exception, so that only `run_daemon` catches it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0 when it worked, 1 when collect or report failed, 2 for usage and configuration."""
+    parser = argparse.ArgumentParser(prog="felhom-agent", description="Reports a Proxmox VE node to a hub.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="PATH", help=f"the configuration file, {DEFAULT_PATH} by default")
+    parser.add_argument("--selftest", choices=("config", "proxmox", "hub"), help="check one thing, print it as JSON and end")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--version", action="version", version=f"felhom-agent {__version__}")
+    arguments = parser.parse_args(argv)
+    formatter = LineFormatter(journal=is_journal(os.environ.get("JOURNAL_STREAM", "")))
+    handler = StderrHandler()
+    handler.setFormatter(formatter)
+    LOG.handlers, LOG.propagate = [handler], False
+    LOG.setLevel(arguments.log_level.upper())
+    # resolv.conf(5): glibc would look for a name for half a minute, and no signal ends that.  Four seconds with two name servers.
+    os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:1")
+    os.environ.pop("SSLKEYLOGFILE", None)  # to which the ssl module would write the keys of each connection
+    try:
+        config = load_config(arguments.config, os.environ)
+        formatter.secrets = secret_forms(config.proxmox.token_secret, config.hub.api_key)
+        if arguments.selftest == "config":
+            print(json.dumps(config.redacted(), indent=2))
+        config.validate(hub=arguments.selftest != "proxmox")
+        if arguments.selftest == "config":
+            return 0
+        prober = SystemctlProber(config.cloudflared.unit)
+        collector = Collector(ProxmoxClient(config.proxmox), prober, host_id=config.hub.host_id, agent_version=__version__, logger=LOG)
+        hub = None if arguments.selftest == "proxmox" else HubClient(config.hub, logger=LOG)
+    except ConfigError as exc:
+        for line in str(exc).splitlines():
+            LOG.error("%s", line)
+        return 2
+    if arguments.selftest or hub is None:
+        return selftest(collector, hub)
+    return run_daemon(collector, hub, config.hub)
+
+
+def selftest(collector: Collector, hub: HubClient | None) -> int:
+    """Collect once, report it to the `hub` if there is one, and print what was sent and answered."""
+    result: dict[str, object] = {}
+    try:
+        if hub is None:
+            show_server(collector.proxmox)
+        report = collector.collect()
+        result["report"] = json.loads(report.to_json())
+        if hub is not None:
+            result["envelope"] = dataclasses.asdict(hub.report(report))
+    except AgentError as exc:
+        LOG.error("%s", exc)
+        result["error"] = str(exc)
+    if "report" in result:
+        print(json.dumps(result["report"] if hub is None else result, indent=2))
+    return 1 if "error" in result else 0
+
+
+def show_server(proxmox: ProxmoxClient) -> None:
+    """Log version and certificate of the server that answers; AgentError."""
+    LOG.info("Proxmox VE %s at %s", parse_text(proxmox.version().get("version")), proxmox.url)
+    if not is_https(proxmox.url):
+        return
+    try:
+        said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds)
+        expires = ssl.cert_time_to_seconds(said["notAfter"])
+    except (OSError, ValueError, KeyError):
+        LOG.warning("the certificate of %s cannot be read", proxmox.url)
+        return
+    subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
+    LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
+    if (days := (expires - time.time()) / 86400) < 14:
+        LOG.warning("the certificate ends in %d days: renew it", days)
+
+
+def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
+    """Report until SIGTERM or SIGINT; return 0."""
+    # What a cycle may take at most: its bounds, and as much again as the name resolution may take and a busy host needs.
+    cycle_seconds = collector.proxmox.collect_seconds + PROBE_SECONDS + config.timeout_seconds + 30
+
+    def stop(number: int, _: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise Stop(signal.Signals(number).name)
+
+    def tell(status: str, seconds: float) -> None:
+        notify_wait(status, seconds + cycle_seconds)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        LOG.info("started version=%s host_id=%s url=%s interval=%d", __version__, config.host_id, config.url, config.poll_seconds)
+        tell("first report on its way", 0)
+        Loop(collector, hub, config.poll_seconds, logger=LOG, tell=tell).run()
+    except Stop as exc:
+        notify("STOPPING=1")
+        LOG.info("stopped by %s", exc)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
