@@ -1,0 +1,57 @@
+"""Fixtures: certificates, a simulated node and hub, and a configuration file with which the agent reaches both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import lab
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> lab.Certificates:
+    """As most installations have them: a CA from before March 2026."""
+    return lab.make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def hub_certificates(tmp_path_factory: pytest.TempPathFactory) -> lab.Certificates:
+    """The hub has a CA of its own, and one that passes the strict check."""
+    return lab.make_certificates(tmp_path_factory.mktemp("hub-certificates"), generation="current")
+
+
+@pytest.fixture
+def node(certificates: lab.Certificates) -> Iterator[lab.SimulatedNode]:
+    with lab.SimulatedNode(certificates) as running:
+        yield running
+
+
+@pytest.fixture
+def hub(hub_certificates: lab.Certificates) -> Iterator[lab.SimulatedHub]:
+    with lab.SimulatedHub(hub_certificates) as running:
+        yield running
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> Callable[..., Path]:
+    """Write agent.json for node and hub; a keyword changes keys of that section: `write_config(hub={"poll_seconds": 60})`."""
+
+    def write(**changes: Mapping[str, object]) -> Path:
+        sections = lab.configuration(node, hub)
+        for section, keys in changes.items():
+            sections[section] = {**sections.get(section, {}), **keys}
+        path = tmp_path / "agent.json"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(sections), "utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def agent_config(write_config: Callable[..., Path]) -> Path:
+    """A configuration file that just works."""
+    return write_config()
