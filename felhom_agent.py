@@ -158,21 +158,13 @@ def read_file(path: str) -> tuple[bytes, int]:
     return content, mode
 
 
-class DuplicateKeyError(ValueError):
-    """A key stands twice in a JSON object, of which one would silently win."""
-
-
 def explain_file(exc: Exception) -> str:
-    """Return why a file cannot be used, in the operator's words and without its content."""
-    if isinstance(exc, json.JSONDecodeError):
-        return f"line {exc.lineno} column {exc.colno}: {exc.msg}"
-    if isinstance(exc, UnicodeDecodeError):
-        return f"is not UTF-8 at byte {exc.start}"
+    """Return why a file cannot be used, in the operator's words."""
     if isinstance(exc, ssl.SSLError):
         return "holds no PEM certificate"
     if isinstance(exc, OSError):
         return "is a symbolic link, name the file itself" if exc.errno == errno.ELOOP else str(exc.strerror)
-    return str(exc) if isinstance(exc, DuplicateKeyError) else "cannot be read as JSON"
+    return str(exc)  # of json: what and where, never the content
 
 
 def is_loopback(host: str | None) -> bool:
@@ -185,7 +177,7 @@ def is_loopback(host: str | None) -> bool:
 
 def is_https(url: str) -> bool:
     """Tell whether `url` asks for TLS."""
-    return urllib.parse.urlsplit(url).scheme == "https"
+    return url.lower().startswith("https:")
 
 
 def check_url(url: str, *, prefix: bool = False) -> str:
@@ -317,11 +309,11 @@ def clamp_poll(seconds: int) -> int:
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object; DuplicateKeyError."""
+    """Return a JSON object; ValueError for a key that stands twice, of which one would silently win."""
     document: dict[str, object] = {}
     for key, value in pairs:
         if key in document:
-            raise DuplicateKeyError(f"duplicate key {clean(key)}")
+            raise ValueError(f"duplicate key {clean(key)}")
         document[key] = value
     return document
 
@@ -397,24 +389,99 @@ def load_section(
 # ---- wire contract ----------------------------------------------------------------------------------------------------------
 
 
+def parse_json(text: str) -> object:
+    """Return what `text` says; ValueError for all that is no JSON, NaN and nesting without end included."""
+
+    def refuse(name: str) -> object:
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_number(value: object) -> float | None:
+    """Return a finite number from 0 up, also from a string as Proxmox sends many; None for all else, a boolean too."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE:
+        return value  # NaN fails both comparisons
+    return None
+
+
+def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int | None:
+    """Return a whole number inside the bounds, None for all else."""
+    number = parse_number(value)
+    return int(number) if number is not None and number == int(number) and least <= number <= most else None
+
+
+def parse_text(value: object) -> str | None:
+    """Return a string of at most 256 characters that every JSON reader takes (lone surrogates replaced), None for all else."""
+    return value[:256].encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
+
+
+def parse_cores(value: object) -> int | None:
+    """Return a number of cores; None for what Proxmox does not allow."""
+    return parse_integer(value, 1, 8192)
+
+
+def parse_version(value: object) -> str | None:
+    """Return the version in `pve-manager/9.2.11/14a22df3`."""
+    match = re.match(r"pve-manager/([^/\s]+)", parse_text(value) or "")
+    return match[1] if match else None
+
+
+def parse_load(value: object) -> list[float] | None:
+    """Return the three load averages, which Proxmox sends as strings; None unless all can be read."""
+    numbers = [number for each in (value if isinstance(value, list) else ()) if (number := parse_number(each)) is not None]
+    return numbers if isinstance(value, list) and len(numbers) == len(value) == 3 else None
+
+
+def parse_object(value: object) -> Mapping[str, object]:
+    """Return a JSON object, an empty one for all else: its figures are then not known."""
+    return value if isinstance(value, dict) else {}
+
+
+def parse_volume_size(volume: object) -> int | None:
+    """Return the size in bytes of a volume such as `local:100/vm-100-disk-0.raw,size=8G`, 0 where it names none (a bind mount).
+
+    None where it cannot be read.  Source: PVE::JSONSchema, format `disk-size`.
+    """
+    first, *options = volume.split(",") if isinstance(volume, str) else ("",)
+    if not re.match(r"(volume=)?(/|[^:/]+:)", first):
+        return None
+    for option in options:
+        if option.startswith("size="):
+            match = re.fullmatch(r"size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)", option)
+            size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
+            return size if 0 < size <= MAX_FIGURE else None
+    return 0
+
+
+def figure(parse: Callable[[Any], Any], *path: str) -> Any:
+    """Return a field that `parse` reads from the node's status, where `path` leads."""
+    return field(metadata={"parse": parse, "path": path})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMetrics:
     """The node's figures (`pvesh get /nodes/NODE/status`); None is what Proxmox did not say."""
 
     node: str
-    pve_version: str | None
-    kernel_version: str | None
-    uptime_seconds: int | None
-    cpu_model: str | None
-    cpu_count: int | None
-    cpu_usage: float | None
-    load_average: tuple[float, ...] | None
-    memory_total_bytes: int | None
-    memory_used_bytes: int | None
-    swap_total_bytes: int | None
-    swap_used_bytes: int | None
-    rootfs_total_bytes: int | None
-    rootfs_used_bytes: int | None
+    pve_version: str | None = figure(parse_version, "pveversion")
+    kernel_version: str | None = figure(parse_text, "current-kernel", "release")
+    uptime_seconds: int | None = figure(parse_integer, "uptime")
+    cpu_model: str | None = figure(parse_text, "cpuinfo", "model")
+    cpu_count: int | None = figure(parse_cores, "cpuinfo", "cpus")
+    cpu_usage: float | None  # not from the status: there it is since the answering worker's last look, and 0 on its first
+    load_average: Sequence[float] | None = figure(parse_load, "loadavg")
+    memory_total_bytes: int | None = figure(parse_integer, "memory", "total")
+    memory_used_bytes: int | None = figure(parse_integer, "memory", "used")
+    swap_total_bytes: int | None = figure(parse_integer, "swap", "total")
+    swap_used_bytes: int | None = figure(parse_integer, "swap", "used")
+    rootfs_total_bytes: int | None = figure(parse_integer, "rootfs", "total")
+    rootfs_used_bytes: int | None = figure(parse_integer, "rootfs", "used")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -536,89 +603,17 @@ class ControlEnvelope:
     has_signed_ops: bool | None = None
 
 
-def parse_json(text: str) -> object:
-    """Return what `text` says; ValueError for all that is no JSON, NaN and nesting without end included."""
-
-    def refuse(name: str) -> object:
-        raise ValueError(name)
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def parse_number(value: object) -> float | None:
-    """Return a finite number from 0 up, also from a string as Proxmox sends many; None for all else, a boolean too."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
-        value = float(value) if "." in value else int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE:
-        return value  # NaN fails both comparisons
-    return None
-
-
-def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int | None:
-    """Return a whole number inside the bounds, None for all else."""
-    number = parse_number(value)
-    return int(number) if number is not None and number == int(number) and least <= number <= most else None
-
-
-def parse_text(value: object) -> str | None:
-    """Return a string of at most 256 characters that every JSON reader takes (lone surrogates replaced), None for all else."""
-    return value[:256].encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
-
-
-def parse_part(value: object, pattern: str) -> str | None:
-    """Return the part of a string that the group in `pattern` stands for, None where it does not match."""
-    match = re.match(pattern, parse_text(value) or "")
-    return match[1] if match else None
-
-
-def parse_object(value: object) -> Mapping[str, object]:
-    """Return a JSON object, an empty one for all else: its figures are then not known."""
-    return value if isinstance(value, dict) else {}
-
-
-def parse_volume_size(volume: object) -> int | None:
-    """Return the size in bytes of a volume such as `local:100/vm-100-disk-0.raw,size=8G`, 0 where it names none (a bind mount).
-
-    None where it cannot be read.  Source: PVE::JSONSchema, format `disk-size`.
-    """
-    first, *options = volume.split(",") if isinstance(volume, str) else ("",)
-    if not re.match(r"(volume=)?(/|[^:/]+:)", first):
-        return None
-    for option in options:
-        if option.startswith("size="):
-            match = re.fullmatch(r"size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)", option)
-            size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
-            return size if 0 < size <= MAX_FIGURE else None
-    return 0
-
-
 def build_host(node: str, status: Mapping[str, object], nodes: Iterable[Mapping[str, object]]) -> HostMetrics:
     """Return the node's figures from `/nodes/NODE/status`, and its CPU usage from its own entry in `/nodes`."""
-    cpuinfo, memory, swap, rootfs = (parse_object(status.get(key)) for key in ("cpuinfo", "memory", "swap", "rootfs"))
-    release = parse_text(parse_object(status.get("current-kernel")).get("release"))
-    load = status.get("loadavg")
-    averages = [parse_number(value) for value in load] if isinstance(load, list) else []
-    known = tuple(value for value in averages if value is not None)
+    figures: dict[str, Any] = {}
+    for item in dataclasses.fields(HostMetrics):
+        value: object = status
+        for key in item.metadata.get("path", ()):
+            value = parse_object(value).get(key)
+        if item.metadata:
+            figures[item.name] = item.metadata["parse"](value)
     usage = parse_number(next((entry.get("cpu") for entry in nodes if entry.get("node") == node), None))
-    return HostMetrics(
-        node=node,
-        pve_version=parse_part(status.get("pveversion"), r"pve-manager/([^/\s]+)"),
-        kernel_version=release or parse_part(status.get("kversion"), r"Linux (\S+)"),  # Proxmox VE 7 has only the sentence
-        uptime_seconds=parse_integer(status.get("uptime")),
-        cpu_model=parse_text(cpuinfo.get("model")),
-        cpu_count=parse_integer(cpuinfo.get("cpus"), 1, 8192),
-        cpu_usage=usage if usage is not None and usage <= 1 else None,
-        load_average=known if len(known) == len(averages) == 3 else None,
-        memory_total_bytes=parse_integer(memory.get("total")),
-        memory_used_bytes=parse_integer(memory.get("used")),
-        swap_total_bytes=parse_integer(swap.get("total")),
-        swap_used_bytes=parse_integer(swap.get("used")),
-        rootfs_total_bytes=parse_integer(rootfs.get("total")),
-        rootfs_used_bytes=parse_integer(rootfs.get("used")),
-    )
+    return HostMetrics(node=node, cpu_usage=usage if usage is not None and usage <= 1 else None, **figures)
 
 
 def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, object] | None, cpu_count: int | None) -> Guest:
@@ -660,13 +655,15 @@ class Failure(Exception):
         self.key = key
 
 
+# A kept connection that the server has closed meanwhile; for a question on it there is a second try.
+GONE: Final = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 # Told by type, never by text; the first that fits counts.
 FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str, str]]] = (
     ((TimeoutError,), "timeout", "no complete answer in time"),
     ((socket.gaierror,), "name", "the name cannot be resolved"),
     ((ConnectionRefusedError,), "refused", "connection refused"),
-    ((ConnectionError, http.client.IncompleteRead), "cut", "the connection was closed before the answer was complete"),
-    ((ssl.SSLError,), "tls", "the TLS handshake failed"),
+    ((ConnectionError, *GONE, http.client.IncompleteRead), "cut", "the connection was closed before the answer was complete"),
+    ((ssl.SSLError,), "tls", "TLS failed"),
     ((http.client.HTTPException, ValueError), "shape", "no answer in HTTP"),
 )
 
@@ -679,19 +676,35 @@ def seconds_left(deadline: float) -> float:
     return left
 
 
-def build_context(section: str, ca_file: str, *, strict: bool = True, pinned: bool = False) -> ssl.SSLContext:
-    """Return a context that checks chain and host name, or, where the certificate is `pinned`, neither; ConfigError."""
-    if pinned:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False  # Connection.connect accepts one certificate only, whatever name it bears
-        context.verify_mode = ssl.CERT_NONE
-    else:
-        try:
-            # cadata: the system's roots are loaded only where no file is named, and the file is read once.
-            pem = read_file(ca_file)[0].decode("ascii", "ignore") if ca_file else None
-            context = ssl.create_default_context(cadata=pem)
-        except (OSError, ValueError) as exc:
-            raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
+class PinnedContext(ssl.SSLContext):
+    """Accepts one certificate only, whoever signed it and whatever name it bears."""
+
+    pin = ""
+
+    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
+        """Shake hands; Failure where the certificate is another one."""
+        sock = super().wrap_socket(*args, **options)
+        if hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest() != self.pin:
+            sock.close()
+            raise Failure("fingerprint", "the certificate is not the pinned one")
+        return sock
+
+
+def build_context(section: str, url: str, ca_file: str, *, fingerprint: str = "", strict: bool = True) -> ssl.SSLContext | None:
+    """Return what checks the server's certificate: chain and host name, or the fingerprint; None for http; ConfigError."""
+    if not is_https(url):
+        return None
+    if fingerprint:
+        pinned = PinnedContext(ssl.PROTOCOL_TLS_CLIENT)
+        pinned.pin = fingerprint.replace(":", "").lower()
+        pinned.check_hostname, pinned.verify_mode = False, ssl.CERT_NONE  # wrap_socket is stricter
+        pinned.minimum_version = ssl.TLSVersion.TLSv1_2
+        return pinned
+    try:
+        # cadata: the system's roots are loaded only where no file is named, and the file is read once.
+        context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") if ca_file else None)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not strict:
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -761,30 +774,34 @@ class Answer(http.client.HTTPResponse):
 
 
 class Connection:
-    """One connection, made when it is first used, kept until it is closed."""
+    """One connection, made when it is first used and kept, with one question on it at a time; `number` tells which."""
 
-    def __init__(self, address: str, context: ssl.SSLContext | None, *, pin: str = "", tunnel: str = "", tunnel_header: str = "") -> None:
+    def __init__(self, address: str, context: ssl.SSLContext | None, tunnel: str = "", tunnel_header: str = "") -> None:
         self._address = urllib.parse.urlsplit(f"//{address}")
         self._name = urllib.parse.urlsplit(f"//{tunnel or address}").hostname
-        self._tunnel = f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{tunnel_header}\r\n".encode("latin-1") if tunnel else b""
+        self._tunnel = f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{tunnel_header}\r\n" if tunnel else ""
         self._context = context
-        self._pin = pin
         self.sock: socket.socket | None = None
-        self.deadline = 0.0
+        self.number, self.label, self.data, self.deadline = 0, "", b"", 0.0
+        self.reused = False
+        self.failure: Exception | None = None
 
-    def ask(self, data: bytes, deadline: float) -> bool:
-        """Send `data`, to be answered until `deadline`; tell whether the connection had been used before."""
-        self.deadline = deadline
-        if self.sock is not None and is_readable(self.sock):
+    def ask(self, label: str, data: bytes, deadline: float) -> None:
+        """Send a question that is to be answered until `deadline`; a failure is kept for whoever reads the answer."""
+        self.label, self.data, self.deadline, self.failure = label, data, deadline, None
+        if self.sock is not None and readable([self], 0):
             self.close()  # by the server, or there is an answer too many, which would pass for the next one
-        reused = self.sock is not None
-        self._send(self.sock or self.connect(), data)
-        return reused
+        self.reused = self.sock is not None
+        try:
+            self._send(self.sock or self.connect(), data)
+        except (OSError, http.client.HTTPException, ValueError, Failure) as exc:
+            self.failure = exc
 
     def answer(self, allowance: int) -> Answer:
         """Return the answer with its header read; OSError, http.client.HTTPException, Failure."""
-        if self.sock is None:
-            raise ConnectionResetError
+        failure, self.failure = self.failure, None
+        if failure is not None or self.sock is None:
+            raise failure or ConnectionResetError
         answer = Answer(Incoming(self.sock, self.deadline, allowance))  # type: ignore[arg-type]  # makefile is all it asks of a socket
         answer.begin()
         return answer
@@ -808,16 +825,13 @@ class Connection:
                     raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tunnel:
-            self._send(sock, self._tunnel)
+            self._send(sock, self._tunnel.encode("latin-1"))
             if self.answer(MAX_HEADER_BYTES).status != 200:
                 raise Failure("proxy", "the proxy does not let us through")
-        if self._context is None:
-            return sock
-        sock.settimeout(seconds_left(self.deadline))  # which bounds a handshake as a whole
-        tls = self.sock = self._context.wrap_socket(sock, server_hostname=self._name)
-        if self._pin and self._pin != hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest():
-            raise Failure("fingerprint", "the certificate is not the pinned one")
-        return tls
+        if self._context is not None:
+            sock.settimeout(seconds_left(self.deadline))  # which bounds a handshake as a whole
+            sock = self.sock = self._context.wrap_socket(sock, server_hostname=self._name)
+        return sock
 
     def close(self) -> None:
         """Close it; the next question opens it again."""
@@ -832,22 +846,17 @@ class Connection:
             view = view[sock.send(view) :]
 
 
-def is_readable(sock: socket.socket) -> bool:
-    """Tell whether there is something to read, the end of the connection included."""
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0)) or (isinstance(sock, ssl.SSLSocket) and sock.pending() > 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """A question that was asked, or could not be (`failure`), and its connection, on which the answer comes."""
-
-    label: str
-    data: bytes
-    connection: Connection
-    reused: bool
-    failure: Exception | None
+def readable(connections: Iterable[Connection], seconds: float) -> list[Connection]:
+    """Return those on which there is something to read, be it the end or a failure to send; wait `seconds` for the first."""
+    found, waiting, poller = [], {}, select.poll()
+    for connection in connections:
+        sock = connection.sock
+        if sock is None or connection.failure is not None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            found.append(connection)
+        else:
+            waiting[sock.fileno()] = connection
+            poller.register(sock, select.POLLIN)
+    return found or [waiting[descriptor] for descriptor, _ in poller.poll(max(0.0, seconds) * 1000)]
 
 
 class Server(urllib.request.BaseHandler):
@@ -860,14 +869,14 @@ class Server(urllib.request.BaseHandler):
     mends: Mapping[str, str] = MENDS
 
     def __init__(
-        self, url: str, authorization: str, secret: str, timeout_seconds: int, limit_bytes: int, context: ssl.SSLContext | None, pin: str = ""
+        self, url: str, authorization: str, *, secret: str, timeout_seconds: int, limit_bytes: int, context: ssl.SSLContext | None
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = url
         self.ends = math.inf  # of the cycle; outside of one no connection is kept
         self.facts: dict[str, str] = {}  # what stands for the names in `mends`
         self.secrets = secret_forms(secret)
         self._parts = urllib.parse.urlsplit(self.url)
-        self._context, self._pin = context, pin
+        self._context = context
         self._timeout, self._limit = timeout_seconds, limit_bytes
         self._header = (
             f"Host: {self._parts.netloc}\r\nAuthorization: {authorization}\r\nUser-Agent: felhom-agent/{__version__}\r\n"
@@ -885,27 +894,31 @@ class Server(urllib.request.BaseHandler):
             if self.ends == math.inf:
                 self.close()
 
-    def fetch_all(self, paths: Iterable[str], in_flight: int) -> Iterator[tuple[int, str | AgentError]]:
+    def fetch_all(self, paths: Sequence[str], in_flight: int) -> Iterator[tuple[int, str | AgentError]]:
         """Yield the number of each path with the answer to its GET, or the error, in the order in which they come.
 
         One thread asks on several connections and reads whichever answers first, so a slow answer holds no other up.
         """
-        todo = enumerate(paths)
-        waiting: dict[int, Exchange] = {}
+        todo = iter(enumerate(paths))
+        waiting: list[Connection] = []
         try:
             while True:
                 while len(waiting) < in_flight and (item := next(todo, None)):
-                    waiting[item[0]] = self._ask("GET", self._parts.path + item[1])
+                    waiting.append(self._ask("GET", item[1], number=item[0]))
                 if not waiting:
                     return
-                number = first_answered(waiting)
+                # With one in flight there is nothing to choose; and where none answers in time, the first to end has failed.
+                first = min(waiting, key=lambda connection: connection.deadline)
+                ready = readable(waiting, first.deadline - time.monotonic()) if len(waiting) > 1 else []
+                connection = ready[0] if ready else first
+                waiting.remove(connection)
                 try:
-                    yield number, self._answer(waiting.pop(number))
+                    yield connection.number, self._answer(connection)
                 except AgentError as exc:
-                    yield number, exc
+                    yield connection.number, exc
         finally:
-            for exchange in waiting.values():
-                exchange.connection.close()
+            for connection in waiting:
+                connection.close()
             if self.ends == math.inf:
                 self.close()
 
@@ -915,8 +928,10 @@ class Server(urllib.request.BaseHandler):
         if request.host != self._parts.netloc:  # a proxy, and always for https: plain http goes to loopback addresses only
             header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
             tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:443"
-            connection = Connection(request.host, self._context, pin=self._pin, tunnel=tunnel, tunnel_header=header)
-        return self._answer(self._ask(request.get_method(), request.selector, cast("bytes | None", request.data), connection))
+            connection = Connection(request.host, self._context, tunnel, header)
+        return self._answer(
+            self._ask(request.get_method(), request.selector.removeprefix(self._parts.path), cast("bytes | None", request.data), connection)
+        )
 
     https_open = http_open
 
@@ -931,7 +946,8 @@ class Server(urllib.request.BaseHandler):
         Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
         very certificate that the first one met, even if it has expired.
         """
-        context = build_context("", "", pinned=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         for last in (False, True):
             connection = Connection(self._parts.netloc, context)
             connection.deadline = deadline
@@ -941,8 +957,7 @@ class Server(urllib.request.BaseHandler):
             finally:
                 connection.close()
             if not last:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                context.check_hostname = False
+                context.verify_mode = ssl.CERT_REQUIRED
                 context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
                 context.load_verify_locations(cadata=encoded)
         return said, hashlib.sha256(encoded).digest().hex(":").upper()
@@ -956,84 +971,76 @@ class Server(urllib.request.BaseHandler):
         mend = self.mends.get(key, "").format(**self.facts)
         return f"{text}; {mend}" if mend else text
 
-    def _ask(self, method: str, path: str, body: bytes | None = None, connection: Connection | None = None) -> Exchange:
-        """Send a request, on a kept connection where there is one; a failure waits for `_answer`."""
+    def _ask(
+        self, method: str, path: str, body: bytes | None = None, connection: Connection | None = None, *, number: int = 0
+    ) -> Connection:
+        """Send a request, on a kept connection where there is one."""
         if connection is None:
-            connection = self._idle.pop() if self._idle else Connection(self._parts.netloc, self._context, pin=self._pin)
+            connection = self._idle.pop() if self._idle else Connection(self._parts.netloc, self._context)
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        data = f"{method} {path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
-        reused, failure = False, None
-        try:
-            reused = connection.ask(data, min(time.monotonic() + self._timeout, self.ends))
-        except (OSError, http.client.HTTPException, ValueError, Failure) as exc:
-            failure = exc
-        return Exchange(f"{method} {path.removeprefix('/api2/json')}", data, connection, reused, failure)
+        data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
+        connection.number = number
+        connection.ask(f"{method} {path}", data, min(time.monotonic() + self._timeout, self.ends))
+        return connection
 
-    def _answer(self, exchange: Exchange) -> str:
+    def _answer(self, connection: Connection) -> str:
         """Read the answer; a kept connection that turns out to be gone is replaced once."""
-        connection = exchange.connection
         try:
             try:
-                if exchange.failure is not None:
-                    raise exchange.failure
-                body = self._read(exchange)
-            except (ConnectionResetError, BrokenPipeError):
-                if not exchange.reused:  # and so never a POST, which is alone on its connection
+                body = self._read(connection)
+            except GONE:
+                if not connection.reused:  # and so never a POST, which is alone on its connection
                     raise
                 connection.close()
-                connection.ask(exchange.data, connection.deadline)
-                body = self._read(exchange)
+                connection.ask(connection.label, connection.data, connection.deadline)
+                body = self._read(connection)
         except (http.client.HTTPException, ValueError) as exc:
             connection.close()
-            raise self._explain(exchange.label, exc, connection.deadline) from None  # they quote the server
+            raise self._explain(connection, exc) from None  # they quote the server
         except (OSError, Failure) as exc:
             connection.close()
-            raise self._explain(exchange.label, exc, connection.deadline) from exc
+            raise self._explain(connection, exc) from exc
         except BaseException:
             connection.close()
             raise
         self._idle.append(connection)
         return body
 
-    def _read(self, exchange: Exchange) -> str:
+    def _read(self, connection: Connection) -> str:
         """Return the body of a success; HTTPError, and what the layers below raise."""
-        with exchange.connection.answer(self._limit + MAX_HEADERS * MAX_HEADER_BYTES) as answer:
-            if not 200 <= answer.status < 300:
-                raise self._refusal(exchange.label, answer)
-            if (answer.length or 0) > self._limit:  # asked before a buffer of that size is made
-                raise Failure("shape", "the answer is too large")
-            body = answer.read(self._limit + 1)
-            if len(body) > self._limit:
+        with connection.answer(self._limit + MAX_HEADERS * MAX_HEADER_BYTES) as answer:
+            if not 200 <= answer.status < 300:  # the body is not read
+                reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
+                raise HTTPError(
+                    self.mended(f"{connection.label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
+                    status=answer.status,
+                    reason=reason,
+                    headline=f"{self.facts['server']} answered {answer.status}",
+                    retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
+                )
+            # The length is looked at before a buffer of that size is made.
+            body = answer.read(self._limit + 1) if (answer.length or 0) <= self._limit else b""
+            if len(body) > self._limit or (answer.length or 0) > self._limit:
                 raise Failure("shape", "the answer is too large")
             if answer.length:
                 raise http.client.IncompleteRead(b"")
         if answer.will_close:
-            exchange.connection.close()
+            connection.close()
         return body.decode()
 
-    def _refusal(self, label: str, answer: Answer) -> HTTPError:
-        """Return the error for a status that is no success; the body is not read."""
-        reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
-        return HTTPError(
-            self.mended(f"{label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
-            status=answer.status,
-            reason=reason,
-            headline=f"{self.facts['server']} answered {answer.status}",
-            retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
-        )
-
-    def _explain(self, label: str, exc: Exception, deadline: float) -> TransportError:
+    def _explain(self, connection: Connection, exc: Exception) -> TransportError:
         """Return the operator's error for what went wrong."""
         key, text = next(((key, text) for types, key, text in FAILURES if isinstance(exc, types)), ("", ""))
         if isinstance(exc, ssl.SSLCertVerificationError):
-            key, text = self._explain_certificate(exc.verify_code, deadline)
+            key, text = self._explain_certificate(exc.verify_code, connection.deadline)
         elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             key, text = "plain", "no TLS there"
         elif isinstance(exc, Failure):
             key, text = exc.key, str(exc)
         elif isinstance(exc, OSError) and not text:
             text = exc.strerror or type(exc).__name__
-        return TransportError(self.mended(f"{label}: {self._parts.netloc}: {text}", key), headline=f"{self.facts['server']} unreachable")
+        text = self.mended(f"{connection.label}: {self._parts.netloc}: {text}", key)
+        return TransportError(text, headline=f"{self.facts['server']} unreachable")
 
     def _explain_certificate(self, code: int, deadline: float) -> tuple[str, str]:
         """Return key and text for a certificate that was refused with an OpenSSL verification code."""
@@ -1044,22 +1051,8 @@ class Server(urllib.request.BaseHandler):
         if code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
             return "hostname", f"the certificate is for {clean(', '.join(name for _, name in said.get('subjectAltName', ())))}"
         if code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
-            return "expired", f"the certificate is not valid now, only from {said.get('notBefore', '?')} to {said.get('notAfter', '?')}"
+            return "expired", f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
         return "untrusted", "the certificate is not signed by a CA that is trusted here"
-
-
-def first_answered(waiting: Mapping[int, Exchange]) -> int:
-    """Return the number of an exchange that has failed or has an answer to read, else of one whose time is up."""
-    descriptors = {}
-    poller = select.poll()
-    for number, exchange in waiting.items():
-        if len(waiting) == 1 or exchange.failure is not None or exchange.connection.sock is None:
-            return number
-        descriptors[exchange.connection.sock.fileno()] = number
-        poller.register(exchange.connection.sock, select.POLLIN)
-    first = min(waiting, key=lambda number: waiting[number].connection.deadline)
-    ready = poller.poll(max(0.0, waiting[first].connection.deadline - time.monotonic()) * 1000)
-    return descriptors[ready[0][0]] if ready else first
 
 
 def parse_retry_after(value: str, now: float) -> float | None:
@@ -1093,13 +1086,16 @@ class ProxmoxClient(Server):
     }
 
     def __init__(self, config: ProxmoxConfig) -> None:
-        # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only that
-        # is waived; chain and host name are checked.  https://docs.python.org/3/library/ssl.html#ssl.create_default_context
-        pinned = bool(config.fingerprint)
-        context = build_context("proxmox", config.ca_file, strict=False, pinned=pinned) if is_https(config.url) else None
-        authorization = f"PVEAPIToken={config.token_id}={config.token_secret}"
-        pin = config.fingerprint.replace(":", "").lower()
-        super().__init__(config.url, authorization, config.token_secret, config.timeout_seconds, MAX_PROXMOX_BYTES, context, pin)
+        super().__init__(
+            f"{config.url.rstrip('/')}/api2/json",
+            f"PVEAPIToken={config.token_id}={config.token_secret}",
+            secret=config.token_secret,
+            timeout_seconds=config.timeout_seconds,
+            limit_bytes=MAX_PROXMOX_BYTES,
+            # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only
+            # that is waived: https://docs.python.org/3/library/ssl.html#ssl.create_default_context
+            context=build_context("proxmox", config.url, config.ca_file, fingerprint=config.fingerprint, strict=False),
+        )
         self.node = config.node
         self.token_id = config.token_id
         self.user = config.token_id.partition("!")[0]
@@ -1152,7 +1148,7 @@ class ProxmoxClient(Server):
         # current=1: else changes that wait for the guest's next start are mixed in.
         paths = [f"/nodes/{self.node}/lxc/{vmid}/config?current=1" for vmid in vmids]
         in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
-        for number, answer in self.fetch_all((f"/api2/json{path}" for path in paths), in_flight):
+        for number, answer in self.fetch_all(paths, in_flight):
             try:
                 if isinstance(answer, AgentError):
                     raise answer
@@ -1172,7 +1168,7 @@ class ProxmoxClient(Server):
         return TransportError(self.mended(f"GET {path}: {what}", "shape"), headline="Proxmox answered nonsense")
 
     def _get(self, path: str) -> object:
-        return self._unwrap(path, self.fetch(f"/api2/json{path}"))
+        return self._unwrap(path, self.fetch(path))
 
     def _objects(self, path: str) -> list[Mapping[str, object]]:
         return [self._narrow(path, entry, dict) for entry in self._narrow(path, self._get(path), list)]
@@ -1263,13 +1259,20 @@ class SystemctlProber:
         deadline = time.monotonic() + PROBE_SECONDS
         # No shell, and nothing of our environment but the path, so no secret reaches the child.
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(self._command, env=environment, start_new_session=True, **pipes) as child:  # type: ignore[call-overload]
+        with subprocess.Popen(
+            self._command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as child:
+            output = cast(io.FileIO, child.stdout).fileno()
             try:
                 said = b""
                 poller = select.poll()
-                poller.register(child.stdout)
-                while len(said) < 256 and poller.poll(seconds_left(deadline) * 1000) and (more := os.read(child.stdout.fileno(), 256)):
+                poller.register(output)
+                while len(said) < 256 and poller.poll(seconds_left(deadline) * 1000) and (more := os.read(output, 256)):
                     said += more
                 seconds_left(deadline)
                 return said
@@ -1321,8 +1324,10 @@ class StderrHandler(logging.Handler):
         text = self.format(record)
         try:
             descriptor = sys.stderr.fileno()
-        except (AttributeError, OSError, ValueError):  # there is none, or it is no file
-            print(text, end="", file=sys.stderr)
+        except AttributeError:  # it was closed when we started
+            return
+        except (OSError, ValueError):  # it is no file
+            sys.stderr.write(text)
             return
         with contextlib.suppress(OSError):
             poller = select.poll()
@@ -1363,9 +1368,11 @@ class Collector:
     def collect(self) -> HostReport:
         """Return the report; AgentError where node status or guest list cannot be read, for then there is nothing true to say."""
         with self.proxmox.cycle():
-            if not self._diagnosed:
-                self._sees_all_guests()
-            nodes = self._nodes()
+            unread = None
+            try:
+                nodes = self.proxmox.nodes()
+            except AgentError as exc:
+                nodes, unread = [], exc
             try:
                 status = self.proxmox.node_status()
                 listed = self._list_guests()
@@ -1373,8 +1380,14 @@ class Collector:
                 if exc.status == 403:
                     self._sees_all_guests()
                 raise
+            if not self._diagnosed:
+                self._sees_all_guests()
             host = build_host(self.proxmox.node, status, nodes)
             guests = self._read_guests(listed, host.cpu_count)
+        if unread is not None:  # said only now: where nothing can be read, one line is enough
+            self._changes.wrong("nodes", f"cpu_usage is unknown: {unread}")
+        else:
+            self._changes.right("nodes", "cpu_usage can be read again")
         cloudflared = Cloudflared(status=self._probe())
         reported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return HostReport(
@@ -1400,15 +1413,6 @@ class Collector:
         else:
             self._changes.right("rights", "the token's rights are as they should be")
         return sees_all
-
-    def _nodes(self) -> list[Mapping[str, object]]:
-        try:
-            nodes = self.proxmox.nodes()
-        except AgentError as exc:
-            self._changes.wrong("nodes", f"cpu_usage is unknown: {exc}")
-            return []
-        self._changes.right("nodes", "cpu_usage can be read again")
-        return nodes
 
     def _list_guests(self) -> dict[int, Mapping[str, object]]:
         """Return the entries of the guest list by vmid, in their order."""
@@ -1464,8 +1468,14 @@ class HubClient(Server):
     }
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
-        context = build_context("hub", config.ca_file) if is_https(config.url) else None
-        super().__init__(config.url, f"Bearer {config.api_key}", config.api_key, config.timeout_seconds, MAX_ENVELOPE_BYTES, context)
+        super().__init__(
+            config.url.rstrip("/"),
+            f"Bearer {config.api_key}",
+            secret=config.api_key,
+            timeout_seconds=config.timeout_seconds,
+            limit_bytes=MAX_ENVELOPE_BYTES,
+            context=build_context("hub", config.url, config.ca_file),
+        )
         self.facts |= {"section": "hub", "server": "hub", "daemon": "the hub"}
         if not is_loopback(self._parts.hostname):
             self.opener.add_handler(urllib.request.ProxyHandler())
@@ -1491,16 +1501,14 @@ class HubClient(Server):
         blocked, signed_ops = (value if isinstance(value := document.get(key), bool) else None for key in ("blocked", "has_signed_ops"))
         generation = parse_whole(document.get("desired_generation"))
         self._logger.debug("envelope: blocked %s, desired_generation %s, has_signed_ops %s", blocked, generation, signed_ops)
-        return ControlEnvelope(
-            poll_interval_seconds=seconds, blocked=blocked, desired_generation=generation, has_signed_ops=signed_ops
-        )
+        return ControlEnvelope(poll_interval_seconds=seconds, blocked=blocked, desired_generation=generation, has_signed_ops=signed_ops)
 
 
 def parse_whole(value: object) -> int | None:
-    """Return a JSON whole number; None for all else, a boolean and a float too large to be exact (1e99) included."""
-    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_FIGURE:
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """Return a JSON whole number, held inside ±MAX_FIGURE; None for all else, a boolean and an inexact float (1e99) included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not abs(value) <= MAX_FIGURE):
+        return None
+    return max(-MAX_FIGURE, min(MAX_FIGURE, int(value))) if value == int(value) else None
 
 
 # ---- loop -------------------------------------------------------------------------------------------------------------------
@@ -1552,6 +1560,7 @@ class Loop:
             error, status = self.cycle()
             now = self._clock()
             due = next_try(started=due, now=now, interval=self.interval, failures=failures, error=error, fraction=self._fraction())
+            error = None  # and with it its traceback, and all that hangs on that
             self._tell(f"{status}, next in {due - now:.0f} s", due - now)
             self._wait(due - now)
 
@@ -1560,7 +1569,7 @@ class Loop:
         started = self._clock()
         try:
             report = self._collector.collect()
-            envelope = self._client.report(report)
+            self._adopt(self._client.report(report))
         except Exception as exc:  # faults of our own too: the next cycle may do better, an agent that has ended never will
             return exc, self._failed(exc, started)
         if self._failures:
@@ -1568,7 +1577,6 @@ class Loop:
             self._changes.right("cycle", f"report accepted again, after {self._failures} failed tries in {lasted:.0f} s")
             self._failures = 0
         self._logger.debug("report accepted, %d guests", len(report.guests))
-        self._adopt(envelope)
         return None, f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
 
     def _failed(self, exc: Exception, started: float) -> str:
@@ -1589,7 +1597,7 @@ class Loop:
             return
         interval = clamp_poll(wish)
         if interval != wish:
-            self._changes.wrong("clamp", f"the hub asks for {clean(f'{wish:.6g}')} s, using {interval} s")
+            self._changes.wrong("clamp", f"the hub asks for {wish} s, using {interval} s")
         else:
             self._changes.right("clamp", f"the hub asks for {wish} s")
         if interval != self.interval:
@@ -1653,26 +1661,23 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
     except AgentError as exc:
         LOG.error("%s", exc)
         result["error"] = str(exc)
+    except KeyboardInterrupt:
+        return 130
     if "report" in result:
         print(json.dumps(result["report"] if hub is None else result, indent=2))
     return 1 if "error" in result else 0
 
 
 def show_server(proxmox: ProxmoxClient) -> None:
-    """Log version and certificate of the server that answers; AgentError."""
-    LOG.info("Proxmox VE %s at %s", parse_text(proxmox.version().get("version")), proxmox.url)
-    if not is_https(proxmox.url):
-        return
-    try:
+    """Log certificate and version of the server that answers; AgentError."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
         said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds)
-        expires = ssl.cert_time_to_seconds(said["notAfter"])
-    except (OSError, ValueError, KeyError):
-        LOG.warning("the certificate of %s cannot be read", proxmox.url)
-        return
-    subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
-    LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
-    if (days := (expires - time.time()) / 86400) < 14:
-        LOG.warning("the certificate ends in %d days: renew it", days)
+        days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400
+        subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
+        LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
+        if days < 14:
+            LOG.warning("the certificate ends in %d days: renew it", days)
+    LOG.info("Proxmox VE %s at %s", parse_text(proxmox.version().get("version")), proxmox.url)
 
 
 def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:

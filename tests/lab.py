@@ -779,7 +779,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for module in ("cryptography", "jsonschema"):
         if importlib.util.find_spec(module) is None:
-            parser.exit(2, f"lab: this needs the package {module}: run ./build.sh test once, then .venv/bin/python tests/lab.py\n")
+            parser.exit(2, f"lab: this needs the package {module}: run ./build.sh test once, then ./build.sh lab\n")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:

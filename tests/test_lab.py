@@ -516,7 +516,7 @@ def test_report_within_the_contract_is_accepted(hub: lab.SimulatedHub, report: d
         *[pytest.param(changed(f"host.{name}", ABSENT), id=f"without-host-{name}") for name in REPORT["host"]],
         *[pytest.param(changed(f"host.{name}", str(REPORT["host"][name])), id=f"string-{name}") for name in FIGURES],
         *[pytest.param(changed(f"host.{name}", -1), id=f"negative-{name}") for name in FIGURES],
-        *[pytest.param(changed(f"host.{name}", None), id=f"null-{name}") for name in ("node",)],
+        *[pytest.param(changed(f"host.{name}", None), id=f"null-{name}") for name in ["node"]],
         *[pytest.param(changed(f"guests.0.{name}", ABSENT), id=f"guest-without-{name}") for name in REPORT["guests"][0]],
         *[pytest.param(changed(f"guests.0.{name}", None), id=f"guest-null-{name}") for name in REPORT["guests"][0]],
         pytest.param(changed("extra", 1), id="extra-field"),
