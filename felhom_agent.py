@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import contextlib
 import dataclasses
 import email.utils
@@ -118,7 +119,7 @@ def secret_forms(*secrets: str) -> tuple[str, ...]:
     forms = set()
     for secret in secrets:
         encoded = secret.encode("utf-8", "surrogatepass")
-        forms |= {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], urllib.parse.quote(secret, ""), urllib.parse.quote(secret)}
+        forms |= {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], urllib.parse.quote(encoded, ""), urllib.parse.quote(encoded)}
         forms |= {base64.b64encode(encoded).decode().rstrip("="), base64.urlsafe_b64encode(encoded).decode().rstrip("=")}
     return tuple(sorted(forms - {""}, key=len, reverse=True))
 
@@ -133,6 +134,8 @@ class Changes:
     def wrong(self, topic: str, text: str, bug: Exception | None = None) -> None:
         """Warn of `text`, with the traceback of a `bug`, unless it is what was last said of `topic`."""
         again = self._told.get(topic) == text
+        if len(self._told) > 100:  # topics may be named by a server
+            self._told.clear()
         self._told[topic] = text
         self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", text, exc_info=None if again else bug)
 
@@ -208,13 +211,8 @@ def check_timeout(seconds: int) -> str:
 
 
 def check_match(pattern: str, meaning: str) -> Callable[[str], str]:
-    """Return a check that a text matches `pattern` as a whole."""
-
-    def check(text: str) -> str:
-        wrong = f"must be {meaning}, got {clean(text)}" if text else "is required"
-        return "" if re.fullmatch(pattern, text) else wrong
-
-    return check
+    """Return a check that a text matches `pattern` as a whole; what does not is not shown, it may be a secret in the wrong place."""
+    return lambda text: "" if re.fullmatch(pattern, text) else f"must be {meaning}" if text else "is required"
 
 
 def setting(default: str | int, check: Callable[[Any], str] = lambda _: "", *, secret: bool = False) -> Any:
@@ -1057,10 +1055,11 @@ class Server(urllib.request.BaseHandler):
 
 def parse_retry_after(value: str, now: float) -> float | None:
     """Return the seconds that a Retry-After header asks to wait, at most an hour; None where it says nothing."""
-    if re.fullmatch(r"[0-9]{1,10}", value):
+    if re.fullmatch(r"[0-9]{1,100}", value):
         return float(min(int(value), MAX_POLL_SECONDS))
     try:
-        return max(0.0, min(email.utils.parsedate_to_datetime(value).timestamp() - now, MAX_POLL_SECONDS))
+        when = email.utils.parsedate_to_datetime(value).utctimetuple()  # one without a zone is UTC (RFC 9110, 5.6.7)
+        return max(0.0, min(calendar.timegm(when) - now, MAX_POLL_SECONDS))
     except (ValueError, OverflowError, TypeError):
         return None
 
@@ -1518,12 +1517,13 @@ def next_try(*, started: float, now: float, interval: float, failures: int, erro
     """Return when to try next, on the clock of `started` (when this cycle was due) and `now` (its end); all in seconds.
 
     After a success, and after an error that asking again cannot mend: the next whole interval after `started`, so that nothing
-    drifts and a missed tick is skipped.  After any other: min(interval, 15 · 4^failures) from now, times a factor from 0.5 to 1
-    (`fraction` goes from 0 to 1), `failures` being those in a row before this one.  Where the server said Retry-After, not before
-    that, and spread over four times as long again, an interval at most, so that agents told the same do not return together.
+    drifts; a tick that has passed or is less than 7.5 s away is skipped.  After any other: min(interval, 15 · 4^failures) from now,
+    times a factor from 0.5 to 1 (`fraction` goes from 0 to 1), `failures` being those in a row before this one.  Where the server
+    said Retry-After, not before that, and spread over four times as long again, an interval at most, so that agents told the same
+    do not return together.
     """
     if error is None or not getattr(error, "retryable", True):
-        return started + interval * (math.floor((now - started) / interval) + 1)
+        return started + interval * (math.floor((now - started + RETRY_SECONDS / 2) / interval) + 1)
     delay = min(interval, RETRY_SECONDS * 4.0 ** min(failures, 6)) * (0.5 + fraction / 2)
     told: float | None = getattr(error, "retry_after", None)
     return now + (delay if told is None else max(delay, told + min(interval, 4 * told) * fraction))
@@ -1597,9 +1597,7 @@ class Loop:
             return
         interval = clamp_poll(wish)
         if interval != wish:
-            self._changes.wrong("clamp", f"the hub asks for {wish} s, using {interval} s")
-        else:
-            self._changes.right("clamp", f"the hub asks for {wish} s")
+            self._changes.wrong(f"clamp {wish}", f"the hub asks for {wish} s, using {interval} s")
         if interval != self.interval:
             self._logger.info("interval %d s adopted, it was %d s", interval, self.interval)
             self.interval = interval
