@@ -261,7 +261,7 @@ class HubConfig(Section):
 
     section: ClassVar[str] = "hub"
     url: str = setting("", functools.partial(check_url, prefix=True))
-    host_id: str = setting("", check_match(r"[^\s\x00-\x1f]([^\x00-\x1f]{0,253}[^\s\x00-\x1f])?", "1 to 255 characters"))
+    host_id: str = setting("", check_match(r"(?!.*[\x00-\x1f\ud800-\udfff])\S(.{0,253}\S)?", "1 to 255 characters"))
     api_key: str = setting("", check_secret, secret=True)
     poll_seconds: int = setting(900)
     timeout_seconds: int = setting(30, check_timeout)
@@ -616,13 +616,13 @@ def build_host(node: str, status: Mapping[str, object], nodes: Iterable[Mapping[
 
 def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, object] | None, cpu_count: int | None) -> Guest:
     """Return a container from its entry in the list and its configuration, None where that cannot be read."""
-    name, status = parse_text(listed.get("name")) or "", parse_text(listed.get("status")) or "unknown"
+    name, status = parse_text(listed.get("name")) or "", (parse_text(listed.get("status")) or "unknown")[:64]
     if config is None or status == "unknown":
         return Guest(vmid=vmid, name=name, status="unknown")
     memory = parse_integer(config.get("memory", 512), 1, MAX_FIGURE >> 20)  # MiB; 512 is Proxmox's own default
     disk = parse_volume_size(config["rootfs"]) if "rootfs" in config else 0
     spec = GuestSpec(
-        cores=parse_integer(config["cores"], 1, 8192) if "cores" in config else cpu_count,  # unset: all that the node has
+        cores=parse_cores(config["cores"]) if "cores" in config else cpu_count,  # unset: all that the node has
         memory_bytes=None if memory is None else memory << 20,
         disk_bytes=parse_integer(listed.get("maxdisk")) if disk == 0 else disk,
     )
@@ -699,8 +699,8 @@ def build_context(section: str, url: str, ca_file: str, *, fingerprint: str = ""
         pinned.minimum_version = ssl.TLSVersion.TLSv1_2
         return pinned
     try:
-        # cadata: the system's roots are loaded only where no file is named, and the file is read once.
-        context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") if ca_file else None)
+        # cadata: the file is read once.  The line end: an empty file would else mean the system's roots, as no file does.
+        context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file else None)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -715,8 +715,8 @@ class Incoming(io.RawIOBase):
     A socket's own time-out bounds one call only: a server that sends a byte a second would hold it for ever.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float, allowance: int) -> None:
-        self._sock, self._deadline, self._allowance = sock, deadline, allowance
+    def __init__(self, sock: socket.socket, deadline: float, allowance: int, begun: bytes) -> None:
+        self._sock, self._deadline, self._allowance, self._begun = sock, deadline, allowance, begun
 
     def readable(self) -> bool:
         """Return True: io.BufferedReader asks."""
@@ -724,8 +724,13 @@ class Incoming(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         """Receive what has come; OSError, Failure."""
-        self._sock.settimeout(seconds_left(self._deadline))
-        count = self._sock.recv_into(buffer)
+        if self._begun:
+            view = memoryview(buffer).cast("B")
+            count = min(len(view), len(self._begun))
+            view[:count], self._begun = self._begun[:count], self._begun[count:]
+        else:
+            self._sock.settimeout(seconds_left(self._deadline))
+            count = self._sock.recv_into(buffer)
         self._allowance -= count
         if self._allowance < 0:
             raise Failure("shape", "the answer is too large")
@@ -774,15 +779,18 @@ class Answer(http.client.HTTPResponse):
 class Connection:
     """One connection, made when it is first used and kept, with one question on it at a time; `number` tells which."""
 
-    def __init__(self, address: str, context: ssl.SSLContext | None, tunnel: str = "", tunnel_header: str = "") -> None:
+    def __init__(self, context: ssl.SSLContext | None, address: str, tunnel: str = "", tunnel_header: str = "") -> None:
+        self.route = (address, tunnel, tunnel_header)
         self._address = urllib.parse.urlsplit(f"//{address}")
         self._name = urllib.parse.urlsplit(f"//{tunnel or address}").hostname
         self._tunnel = f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{tunnel_header}\r\n" if tunnel else ""
+        self.via = f" (through the proxy {address})" if tunnel else ""
         self._context = context
         self.sock: socket.socket | None = None
         self.number, self.label, self.data, self.deadline = 0, "", b"", 0.0
         self.reused = False
         self.failure: Exception | None = None
+        self._begun = b""
 
     def ask(self, label: str, data: bytes, deadline: float) -> None:
         """Send a question that is to be answered until `deadline`; a failure is kept for whoever reads the answer."""
@@ -800,9 +808,27 @@ class Connection:
         failure, self.failure = self.failure, None
         if failure is not None or self.sock is None:
             raise failure or ConnectionResetError
-        answer = Answer(Incoming(self.sock, self.deadline, allowance))  # type: ignore[arg-type]  # makefile is all it asks of a socket
-        answer.begin()
+        begun, self._begun = self._begun, b""
+        answer = Answer(Incoming(self.sock, self.deadline, allowance, begun))  # type: ignore[arg-type]  # makefile is all it asks of a socket
+        try:
+            answer.begin()
+        except BaseException:
+            answer.close()  # or Python 3.13 complains on standard error when it collects it later
+            raise
         return answer
+
+    def has_begun(self) -> bool:
+        """Tell whether the answer has, without waiting: a TLS socket is readable for a session ticket too, right after the handshake."""
+        if self.sock is None or self.failure is not None or self._begun:
+            return True
+        try:
+            self.sock.settimeout(0)
+            self._begun = self.sock.recv(io.DEFAULT_BUFFER_SIZE)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            return False
+        except OSError as exc:
+            self.failure = exc
+        return True
 
     def connect(self) -> socket.socket:
         """Connect, through the proxy's tunnel if there is one, and shake hands, all until `deadline`.
@@ -812,8 +838,8 @@ class Connection:
         port = self._address.port or (443 if self._context else 80)
         addresses = socket.getaddrinfo(self._address.hostname, port, type=socket.SOCK_STREAM)
         for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
-            sock = self.sock = socket.socket(family, kind, protocol)
             try:
+                sock = self.sock = socket.socket(family, kind, protocol)
                 sock.settimeout(seconds_left(self.deadline) / left)  # an address that does not answer leaves time for the next
                 sock.connect(address)
                 break
@@ -824,8 +850,9 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tunnel:
             self._send(sock, self._tunnel.encode("latin-1"))
-            if self.answer(MAX_HEADER_BYTES).status != 200:
-                raise Failure("proxy", "the proxy does not let us through")
+            with self.answer(MAX_HEADER_BYTES) as answer:
+                if answer.status != 200:
+                    raise Failure("proxy", "the proxy does not let us through")
         if self._context is not None:
             sock.settimeout(seconds_left(self.deadline))  # which bounds a handshake as a whole
             sock = self.sock = self._context.wrap_socket(sock, server_hostname=self._name)
@@ -833,6 +860,7 @@ class Connection:
 
     def close(self) -> None:
         """Close it; the next question opens it again."""
+        self._begun = b""
         if self.sock is not None:
             self.sock.close()
             self.sock = None
@@ -887,7 +915,10 @@ class Server(urllib.request.BaseHandler):
     def fetch(self, path: str, body: bytes | None = None) -> str:
         """Return the body of the answer to one GET, or to a POST of `body` as JSON; TransportError, HTTPError."""
         try:
-            return cast(str, self.opener.open(urllib.request.Request(self.url + path, body)))
+            # urllib.request makes None of an empty answer.
+            return cast("str | None", self.opener.open(urllib.request.Request(self.url + path, body))) or ""
+        except ValueError:  # it quotes the address, which may hold a password
+            raise TransportError(self.mended(f"{path}: the proxy's address cannot be used", "proxy"), headline="bad proxy") from None
         finally:
             if self.ends == math.inf:
                 self.close()
@@ -908,7 +939,9 @@ class Server(urllib.request.BaseHandler):
                 # With one in flight there is nothing to choose; and where none answers in time, the first to end has failed.
                 first = min(waiting, key=lambda connection: connection.deadline)
                 ready = readable(waiting, first.deadline - time.monotonic()) if len(waiting) > 1 else []
-                connection = ready[0] if ready else first
+                connection = next((each for each in ready if each.has_begun()), None) if ready else first
+                if connection is None:
+                    continue
                 waiting.remove(connection)
                 try:
                     yield connection.number, self._answer(connection)
@@ -926,7 +959,7 @@ class Server(urllib.request.BaseHandler):
         if request.host != self._parts.netloc:  # a proxy, and always for https: plain http goes to loopback addresses only
             header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
             tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:443"
-            connection = Connection(request.host, self._context, tunnel, header)
+            connection = Connection(self._context, request.host, tunnel, header)
         return self._answer(
             self._ask(request.get_method(), request.selector.removeprefix(self._parts.path), cast("bytes | None", request.data), connection)
         )
@@ -938,7 +971,7 @@ class Server(urllib.request.BaseHandler):
         while self._idle:
             self._idle.pop().close()
 
-    def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
+    def read_certificate(self, deadline: float, route: tuple[str, str, str] | None = None) -> tuple[Mapping[str, Any], str]:
         """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError.
 
         Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
@@ -947,7 +980,7 @@ class Server(urllib.request.BaseHandler):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         for last in (False, True):
-            connection = Connection(self._parts.netloc, context)
+            connection = Connection(context, *(route or (self._parts.netloc,)))
             connection.deadline = deadline
             try:
                 sock = cast(ssl.SSLSocket, connection.connect())
@@ -974,7 +1007,7 @@ class Server(urllib.request.BaseHandler):
     ) -> Connection:
         """Send a request, on a kept connection where there is one."""
         if connection is None:
-            connection = self._idle.pop() if self._idle else Connection(self._parts.netloc, self._context)
+            connection = self._idle.pop() if self._idle else Connection(self._context, self._parts.netloc)
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
         connection.number = number
@@ -1030,27 +1063,27 @@ class Server(urllib.request.BaseHandler):
         """Return the operator's error for what went wrong."""
         key, text = next(((key, text) for types, key, text in FAILURES if isinstance(exc, types)), ("", ""))
         if isinstance(exc, ssl.SSLCertVerificationError):
-            key, text = self._explain_certificate(exc.verify_code, connection.deadline)
+            key, text = self._explain_certificate(exc, connection)
         elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             key, text = "plain", "no TLS there"
         elif isinstance(exc, Failure):
             key, text = exc.key, str(exc)
         elif isinstance(exc, OSError) and not text:
             text = exc.strerror or type(exc).__name__
-        text = self.mended(f"{connection.label}: {self._parts.netloc}: {text}", key)
+        text = self.mended(f"{connection.label}: {self._parts.netloc}{connection.via}: {text}", key)
         return TransportError(text, headline=f"{self.facts['server']} unreachable")
 
-    def _explain_certificate(self, code: int, deadline: float) -> tuple[str, str]:
-        """Return key and text for a certificate that was refused with an OpenSSL verification code."""
+    def _explain_certificate(self, exc: ssl.SSLCertVerificationError, connection: Connection) -> tuple[str, str]:
+        """Return key and text for a certificate that was refused."""
         try:
-            said, _ = self.read_certificate(deadline)
-        except (OSError, ValueError):
+            said, _ = self.read_certificate(connection.deadline, connection.route)
+        except (OSError, ValueError, http.client.HTTPException, Failure):
             said = {}
-        if code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+        if exc.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
             return "hostname", f"the certificate is for {clean(', '.join(name for _, name in said.get('subjectAltName', ())))}"
-        if code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+        if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
             return "expired", f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
-        return "untrusted", "the certificate is not signed by a CA that is trusted here"
+        return "untrusted", f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
 
 
 def parse_retry_after(value: str, now: float) -> float | None:
@@ -1173,9 +1206,11 @@ class ProxmoxClient(Server):
         return [self._narrow(path, entry, dict) for entry in self._narrow(path, self._get(path), list)]
 
     def _unwrap(self, path: str, body: str) -> object:
-        for form in self._echoes:  # a secret that comes back goes no further
-            body = body.replace(form, "***")
         try:
+            if "\\u" in body or "\\/" in body:  # Proxmox writes neither, and they could hide what is looked for next
+                body = json.dumps(parse_json(body))
+            for form in self._echoes:  # a secret that comes back goes no further
+                body = body.replace(form, "***")
             return self._narrow(path, parse_json(body), dict)["data"]
         except (ValueError, KeyError):
             raise self.misfit(path) from None
@@ -1529,6 +1564,11 @@ def next_try(*, started: float, now: float, interval: float, failures: int, erro
     return now + (delay if told is None else max(delay, told + min(interval, 4 * told) * fraction))
 
 
+def count_tries(number: int) -> str:
+    """Return `1 try`, `2 tries`."""
+    return f"{number} {'try' if number == 1 else 'tries'}"
+
+
 class Loop:
     """Collects and reports for ever.  Clock, wait, randomness and the word to systemd are handed in."""
 
@@ -1574,7 +1614,7 @@ class Loop:
             return exc, self._failed(exc, started)
         if self._failures:
             lasted = self._clock() - self._failing_since[0]
-            self._changes.right("cycle", f"report accepted again, after {self._failures} failed tries in {lasted:.0f} s")
+            self._changes.right("cycle", f"report accepted again, after {count_tries(self._failures)} that failed in {lasted:.0f} s")
             self._failures = 0
         self._logger.debug("report accepted, %d guests", len(report.guests))
         return None, f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
@@ -1589,7 +1629,7 @@ class Loop:
         else:
             headline = "fault of the agent"
             self._changes.wrong("cycle", f"a fault of the agent, please report it: {type(exc).__name__}", exc)
-        return f"{headline} since {self._failing_since[1]}, {self._failures} {'try' if self._failures == 1 else 'tries'}"
+        return f"{headline} since {self._failing_since[1]}, {count_tries(self._failures)}"
 
     def _adopt(self, envelope: ControlEnvelope) -> None:
         wish = envelope.poll_interval_seconds
@@ -1685,7 +1725,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
 
     def stop(number: int, _: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)  # not SIG_IGN yet: of one that has come already Python would show a traceback
         raise Stop(signal.Signals(number).name)
 
     def tell(status: str, seconds: float) -> None:
@@ -1698,6 +1738,8 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
         tell("first report on its way", 0)
         Loop(collector, hub, config.poll_seconds, logger=LOG, tell=tell).run()
     except Stop as exc:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # else Python gives them back their default while it ends
         notify("STOPPING=1")
         LOG.info("stopped by %s", exc)
     return 0

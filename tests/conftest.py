@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import lab
+
+# The short profile finds the same every time; HYPOTHESIS_PROFILE=long looks further on each run.
+slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+settings.register_profile("short", max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
+settings.register_profile("long", max_examples=3000, print_blob=True, database=None, deadline=None, suppress_health_check=slow)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 @pytest.fixture(scope="session")
