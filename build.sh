@@ -145,7 +145,7 @@ case $call in
     demo) demo ;;
     lint) lint ;;
     test) FELHOM_AGENT_PYZ=$PWD/$pyz exec "$venv/bin/python" -m pytest "$@" ;;
-    lab | soak) exec "$venv/bin/python" "tests/$call.py" "$@" ;;
+    lab | soak) PYTHONPATH=$PWD exec "$venv/bin/python" "tests/$call.py" "$@" ;;
     bench)
         install_packages tests/requirements-bench.txt
         exec "$venv/bin/python" tests/bench.py "$@"
