@@ -157,6 +157,7 @@ BROKEN_CONNECTIONS: Final = (
     Fault("Content-Length too long, then silence", lambda right: reply(right, length=len(right) + 3), "silence"),
     Fault("Content-Length too short", lambda right: reply(right, length=len(right) - 3)),
     Fault("Content-Length negative", headed("Content-Length: -1")),
+    Fault("Content-Length with a sign", headed("Content-Length: +@LENGTH@")),
     Fault("Content-Length no number", headed("Content-Length: 0x10")),
     Fault("Content-Length of 5,000 digits", headed(f"Content-Length: {'9' * 5000}")),
     Fault("Content-Length twice, different", headed("Content-Length: @LENGTH@", "Content-Length: 1")),
@@ -167,6 +168,7 @@ BROKEN_CONNECTIONS: Final = (
     Fault("body without end", OK + b'\r\n{"data":[', again=b"1," * 32768),
     # chunks
     Fault("chunked", lambda right: CHUNKED + chunks(right) + b"0\r\nTrailer: x\r\n\r\n", "close", used=EVERYWHERE),
+    Fault("many answers at once", lambda right: reply(right) + 2000 * reply(b'{"data":"another"}'), "close", used=EVERYWHERE),
     Fault("chunked without a last chunk", lambda right: CHUNKED + chunks(right)),
     Fault("chunk cut", lambda right: CHUNKED + chunks(right)[:-9]),
     Fault("chunk size is no number", lambda right: CHUNKED + b"zz\r\n" + right),
@@ -180,6 +182,7 @@ BROKEN_CONNECTIONS: Final = (
     Fault("chunked twice", lambda right: OK + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + chunks(right) + b"0\r\n\r\n"),
     # headers
     Fault("headers without end", OK, again=b"X-Flood: flood\r\n" * 4096),
+    Fault("101 header lines", headed(*(f"X-{number}: x" for number in range(100)), "Content-Length: @LENGTH@")),
     Fault("header of 1 MiB", headed(f"X-Long: {'x' * (1 << 20)}", "Content-Length: @LENGTH@")),
     Fault("header line without end", OK + b"X-Long: ", again=b"x" * 65536),
     Fault("header without a colon", headed("nonsense", "Content-Length: @LENGTH@"), "close", used=EVERYWHERE),
@@ -620,7 +623,16 @@ sys.exit(agent.main(sys.argv[1:]))
 class Daemon:
     """The agent as a process of its own, whose next cycle comes when the test says so; a context manager."""
 
-    def __init__(self, folder: Path, config: Path, *, systemctl: str = "echo active", stderr: int | None = None, shell: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Path,
+        *,
+        systemctl: str = "echo active",
+        stderr: int | None = None,
+        shell: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         commands = folder / "commands"
         commands.mkdir()
         (commands / "systemctl").write_text(f"#!/bin/sh\n{systemctl}\n", "utf-8")
@@ -630,7 +642,7 @@ class Daemon:
         self._notify.bind(str(folder / "notify"))
         self._notify.setblocking(False)
         self.told: list[str] = []  # by it to systemd
-        environment = {
+        variables = {
             "HOME": str(folder),
             "NOTIFY_SOCKET": str(folder / "notify"),
             "PATH": f"{commands}:/usr/bin:/bin",
@@ -638,6 +650,7 @@ class Daemon:
             "PYTHONPATH": str(Path(agent.__file__).parent),
             "TMPDIR": str(folder),
             "WATCHDOG_USEC": "1",
+            **(environment or {}),
         }
         command = [sys.executable, "-c", STEPPED, "--config", str(config), "--log-level=debug"]
         if shell:
@@ -645,7 +658,7 @@ class Daemon:
         pipe = subprocess.PIPE
         with self.log.open("wb") as log:
             error = log if stderr is None else stderr
-            self.process = subprocess.Popen(command, env=environment, cwd=folder, stdin=pipe, stdout=pipe, stderr=error, text=True)
+            self.process = subprocess.Popen(command, env=variables, cwd=folder, stdin=pipe, stdout=pipe, stderr=error, text=True)
 
     def __enter__(self) -> Self:
         return self

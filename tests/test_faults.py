@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import os
+import re
 import resource
 import time
 import tracemalloc
@@ -47,6 +50,9 @@ def test_fault_costs_no_more_than_it_has_to(
         if place in fault.used or (fault.level == "kept" and visit.reused):
             assert visit.error is None, place
             assert visit.report == visit.next_report or fault.alters, place
+            text = json.dumps(visit.report, ensure_ascii=False)
+            assert text.encode(), place  # which half a surrogate pair does not outlive
+            assert not re.search(r"[0-9]{17}|e\+", text), place
         elif lost & {"version", "status", "list", "hub"}:
             assert type(visit.error) is (agent.HTTPError if fault.status else agent.TransportError), place
             assert getattr(visit.error, "status", 0) == fault.status, place
@@ -206,9 +212,9 @@ def test_wall_clock_is_nothing_but_the_time_of_the_report(
     monkeypatch.setattr(time, "time", lambda: clock[0])
     monkeypatch.setattr(time, "gmtime", lambda seconds=None: gmtime(clock[0] if seconds is None else seconds))
     client = agent.HubClient(hub_config(hub), logger=LOG)
-    monotonic = iter(range(100))
-    agent.Loop(build_collector(node), client, 900, logger=LOG, clock=lambda: float(next(monotonic)), wait=wait).run(3)
+    agent.Loop(build_collector(node), client, 900, logger=LOG, wait=wait).run(3)
     assert waits == [pytest.approx(900, abs=9)] * 3
+    assert inspect.signature(agent.Loop).parameters["clock"].default is time.monotonic
     reported = [time.strftime("%Y-%m", gmtime(moment)) for moment in (now, now + year, now - year)]
     assert [str(report["reported_at"])[:7] for report in hub.reports] == reported
 

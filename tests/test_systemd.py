@@ -172,10 +172,16 @@ def test_child_gets_the_unit_as_such_and_nothing_of_ours(fake_systemctl: Fake, t
     monkeypatch.setenv("SECRET", "in the environment")
     inherited = os.open(tmp_path / "inherited", os.O_RDWR | os.O_CREAT)
     os.set_inheritable(inherited, True)
+    kept, (reader, writer) = os.dup(0), os.pipe()
+    os.write(writer, b"for us alone")
+    os.close(writer)
+    os.dup2(reader, 0)
     try:
         assert agent.SystemctlProber("a@b-c.service", logger=LOG).probe() == "active"
     finally:
-        os.close(inherited)
+        os.dup2(kept, 0)
+        for descriptor in (kept, reader, inherited):
+            os.close(descriptor)
     assert (tmp_path / "arguments").read_text().splitlines() == ["is-active", "--", "a@b-c.service"]
     environment = dict(entry.split("=", 1) for entry in (tmp_path / "environ").read_text().split("\0")[:-1])
     assert environment == {"PATH": os.environ["PATH"], "LC_ALL": "C"}
@@ -341,6 +347,7 @@ def test_log_that_nobody_reads_is_waited_for_once(stderr: Callable[[int], None])
         os.read(reader, 65536)
     full.emit(record(logging.INFO, "there again"))
     assert os.read(reader, 4096) == b"<6>there again\n"
+    assert full.patience_ms == agent.StderrHandler.patience_ms
     os.close(reader)
     assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
     full.emit(record(logging.INFO, "nobody is there"))
