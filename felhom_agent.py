@@ -54,7 +54,7 @@ MIN_POLL_SECONDS: Final = 60
 MAX_POLL_SECONDS: Final = 3600
 RETRY_SECONDS: Final = 15
 PROBE_SECONDS: Final = 5
-# A collect ends after this many of proxmox.timeout_seconds: one for each of the three calls before the guests, three for the guests.
+# A collect ends after this many of proxmox.timeout_seconds: that is enough for each call before the guests, and leaves the guests some.
 COLLECT_TIMEOUTS: Final = 6
 # pveproxy has three workers, so a fourth request in flight only queues; and a TLS handshake costs as much as some ten
 # configuration calls, so few guests are read over one connection.
@@ -63,8 +63,9 @@ GUESTS_PER_CONNECTION: Final = 20
 MAX_PROXMOX_BYTES: Final = 8 << 20
 MAX_ENVELOPE_BYTES: Final = 1 << 20
 MAX_FILE_BYTES: Final = 4 << 20
+MAX_HEADER_BYTES: Final = 1 << 20
 MAX_HEADERS: Final = 100  # this and the next as in http.client
-MAX_HEADER_BYTES: Final = 65536
+MAX_HEADER_LINE_BYTES: Final = 65536
 MAX_FIGURE: Final = 2**53 - 1  # above it a JSON number is not exact in every language; in bytes it is 8 PiB
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 GRANT: Final = "pveum acl modify / --users {user} --roles PVEAuditor"
@@ -134,7 +135,7 @@ class Changes:
     def wrong(self, topic: str, text: str, bug: Exception | None = None) -> None:
         """Warn of `text`, with the traceback of a `bug`, unless it is what was last said of `topic`."""
         again = self._told.get(topic) == text
-        if len(self._told) > 100:  # topics may be named by a server
+        if len(self._told) > 100:  # some topics hold a number that the hub has sent
             self._told.clear()
         self._told[topic] = text
         self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", text, exc_info=None if again else bug)
@@ -198,13 +199,6 @@ def check_url(url: str, *, prefix: bool = False) -> str:
     return "" if is_https(url) or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
 
 
-def check_secret(secret: str) -> str:
-    """Return what is wrong with a secret, without showing it."""
-    if not secret:
-        return "is required"
-    return "" if re.fullmatch(r"[!-~]+", secret) else "must be printable ASCII without spaces (not shown)"
-
-
 def check_timeout(seconds: int) -> str:
     """Return what is wrong with a time-out."""
     return "" if 1 <= seconds <= 300 else f"must be from 1 to 300, got {seconds}"
@@ -245,7 +239,7 @@ class ProxmoxConfig(Section):
     url: str = setting("https://127.0.0.1:8006", check_url)
     node: str = setting("", check_match(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?", "a node name"))
     token_id: str = setting("", check_match(r"[!-.0-9;-~]+@[A-Za-z0-9._-]+![A-Za-z0-9._-]+", "user@realm!tokenname"))
-    token_secret: str = setting("", check_secret, secret=True)
+    token_secret: str = setting("", check_match(r"[!-~]+", "printable ASCII without spaces (not shown)"), secret=True)
     ca_file: str = setting("")
     fingerprint: str = setting("", check_match(r"(([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2})?", "64 hexadecimal digits, colons or not"))
     timeout_seconds: int = setting(10, check_timeout)
@@ -255,6 +249,11 @@ class ProxmoxConfig(Section):
         return self if self.node else dataclasses.replace(self, node=socket.gethostname().partition(".")[0])
 
 
+def clamp_poll(seconds: int) -> int:
+    """Return `seconds` inside the bounds of a poll interval."""
+    return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubConfig(Section):
     """Where reports go, as whom and how often; `timeout_seconds` bounds the whole POST."""
@@ -262,7 +261,7 @@ class HubConfig(Section):
     section: ClassVar[str] = "hub"
     url: str = setting("", functools.partial(check_url, prefix=True))
     host_id: str = setting("", check_match(r"(?!.*[\x00-\x1f\ud800-\udfff])\S(.{0,253}\S)?", "1 to 255 characters"))
-    api_key: str = setting("", check_secret, secret=True)
+    api_key: str = setting("", check_match(r"[!-~]+", "printable ASCII without spaces (not shown)"), secret=True)
     poll_seconds: int = setting(900)
     timeout_seconds: int = setting(30, check_timeout)
     ca_file: str = setting("")
@@ -301,11 +300,6 @@ class Config:
         return {part.section: part.redacted() for part in (self.proxmox, self.hub, self.cloudflared)}
 
 
-def clamp_poll(seconds: int) -> int:
-    """Return `seconds` inside the bounds of a poll interval."""
-    return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
-
-
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return a JSON object; ValueError for a key that stands twice, of which one would silently win."""
     document: dict[str, object] = {}
@@ -314,41 +308,6 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"duplicate key {clean(key)}")
         document[key] = value
     return document
-
-
-def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
-    """Read the configuration file, lay the environment over it, fill in defaults; ConfigError where the file cannot be used.
-
-    `path` None: $FELHOM_AGENT_CONFIG, else $CREDENTIALS_DIRECTORY/agent.json where it exists, else the default path.
-    """
-    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", "agent.json")
-    named = path or environ.get("FELHOM_AGENT_CONFIG") or (credential if os.path.lexists(credential) else "")
-    file = named or DEFAULT_PATH
-    document: object = {}
-    try:
-        content, mode = read_file(file)
-        if mode & 0o044 and file != credential:  # systemd itself gives a credential to the service's user alone
-            LOG.warning("config: %s can be read by others than its owner: chmod 600 %s", clean(file), clean(file))
-        document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except FileNotFoundError as exc:
-        if named:  # else the environment may supply everything
-            raise ConfigError(f"{clean(file)}: no such file") from exc
-    except (OSError, ValueError, RecursionError) as exc:
-        raise ConfigError(f"{clean(file)}: {explain_file(exc)}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{clean(file)}: must be a JSON object")
-    for key in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
-        LOG.warning("config: unknown key %s is ignored", clean(key))
-    problems = [] if isinstance(document.get("authz", {}), dict) else ["authz: must be an object"]
-    hub = load_section(HubConfig, document, environ, file, problems)
-    if hub.poll_seconds != clamp_poll(hub.poll_seconds):
-        LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", hub.poll_seconds, clamp_poll(hub.poll_seconds))
-    return Config(
-        proxmox=load_section(ProxmoxConfig, document, environ, file, problems).with_defaults(),
-        hub=hub.with_defaults(),
-        cloudflared=load_section(CloudflaredConfig, document, environ, file, problems),
-        problems=tuple(problems),
-    )
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -384,6 +343,42 @@ def load_section(
     return kind(**values)
 
 
+def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
+    """Read the configuration file, lay the environment over it, fill in defaults; ConfigError where the file cannot be used.
+
+    `path` None: $FELHOM_AGENT_CONFIG, else $CREDENTIALS_DIRECTORY/agent.json where it exists, else the default path.
+    """
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", "agent.json")
+    named = path or environ.get("FELHOM_AGENT_CONFIG") or (credential if os.path.lexists(credential) else "")
+    file = named or DEFAULT_PATH
+    document: object = {}
+    try:
+        content, mode = read_file(file)
+        if mode & 0o044 and file != credential:  # systemd itself gives a credential to the service's user alone
+            LOG.warning("config: %s can be read by others than its owner: chmod 600 %s", clean(file), clean(file))
+        document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except FileNotFoundError as exc:
+        if named:  # else the environment may supply everything
+            raise ConfigError(f"{clean(file)}: no such file") from exc
+        LOG.info("config: %s does not exist, the environment alone counts", file)
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{clean(file)}: {explain_file(exc)}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{clean(file)}: must be a JSON object")
+    for key in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
+        LOG.warning("config: unknown key %s is ignored", clean(key))
+    problems = [] if isinstance(document.get("authz", {}), dict) else ["authz: must be an object"]
+    hub = load_section(HubConfig, document, environ, file, problems)
+    if hub.poll_seconds != clamp_poll(hub.poll_seconds):
+        LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", hub.poll_seconds, clamp_poll(hub.poll_seconds))
+    return Config(
+        proxmox=load_section(ProxmoxConfig, document, environ, file, problems).with_defaults(),
+        hub=hub.with_defaults(),
+        cloudflared=load_section(CloudflaredConfig, document, environ, file, problems),
+        problems=tuple(problems),
+    )
+
+
 # ---- wire contract ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,6 +407,18 @@ def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int 
     """Return a whole number inside the bounds, None for all else."""
     number = parse_number(value)
     return int(number) if number is not None and number == int(number) and least <= number <= most else None
+
+
+def parse_whole(value: object) -> int | None:
+    """Return a JSON whole number, held inside ±MAX_FIGURE; None for all else, a boolean and an inexact float (1e99) included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not abs(value) <= MAX_FIGURE):
+        return None
+    return max(-MAX_FIGURE, min(MAX_FIGURE, int(value))) if value == int(value) else None
+
+
+def parse_flag(value: object) -> bool | None:
+    """Return a boolean, None for all else."""
+    return value if isinstance(value, bool) else None
 
 
 def parse_text(value: object) -> str | None:
@@ -636,6 +643,8 @@ MENDS: Final[Mapping[str, str]] = {
     "refused": "check host and port in {section}.url, and whether {daemon} runs there",
     "timeout": "see whether that host or the network is overloaded; {section}.timeout_seconds is the limit",
     "name": "check the host name in {section}.url, and this host's resolver",
+    "cut": "check {section}.url, http or https and the port; else see the log of {daemon}",
+    "tls": "check the port in {section}.url, and the log of {daemon}",
     "plain": "check the port in {section}.url: it must be the one for https",
     "untrusted": "name the CA that signed it in {section}.ca_file",
     "expired": "renew it, or set the clock of this host",
@@ -653,7 +662,7 @@ class Failure(Exception):
         self.key = key
 
 
-# A kept connection that the server has closed meanwhile; for a question on it there is a second try.
+# What shows that the server has closed a kept connection meanwhile; the question is then asked once more on a new one.
 GONE: Final = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 # Told by type, never by text; the first that fits counts.
 FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str, str]]] = (
@@ -672,6 +681,17 @@ def seconds_left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def parse_retry_after(value: str, now: float) -> float | None:
+    """Return the seconds that a Retry-After header asks to wait, at most an hour; None where it says nothing."""
+    if re.fullmatch(r"[0-9]{1,100}", value):
+        return float(min(int(value), MAX_POLL_SECONDS))
+    try:
+        when = email.utils.parsedate_to_datetime(value).utctimetuple()  # one without a zone is UTC (RFC 9110, 5.6.7)
+        return max(0.0, min(calendar.timegm(when) - now, MAX_POLL_SECONDS))
+    except (ValueError, OverflowError, TypeError):
+        return None
 
 
 class PinnedContext(ssl.SSLContext):
@@ -699,7 +719,7 @@ def build_context(section: str, url: str, ca_file: str, *, fingerprint: str = ""
         pinned.minimum_version = ssl.TLSVersion.TLSv1_2
         return pinned
     try:
-        # cadata: the file is read once.  The line end: an empty file would else mean the system's roots, as no file does.
+        # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
         context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file else None)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
@@ -763,11 +783,11 @@ class Answer(http.client.HTTPResponse):
     def _read_fields(self) -> dict[str, str]:
         fields: dict[str, str] = {}
         for _ in range(MAX_HEADERS):
-            line = self.fp.readline(MAX_HEADER_BYTES + 1)
+            line = self.fp.readline(MAX_HEADER_LINE_BYTES + 1)
             if line in (b"\r\n", b"\n"):
                 return fields
             if not line.endswith(b"\n"):
-                raise http.client.LineTooLong("header") if len(line) > MAX_HEADER_BYTES else http.client.IncompleteRead(b"")
+                raise http.client.LineTooLong("header") if len(line) > MAX_HEADER_LINE_BYTES else http.client.IncompleteRead(b"")
             name, _, value = line.decode("latin-1").partition(":")
             name, value = name.strip().lower(), value.strip()
             # The first counts, as in http.client: pveproxy says `close` and then `Keep-Alive`, and closes.
@@ -795,8 +815,8 @@ class Connection:
     def ask(self, label: str, data: bytes, deadline: float) -> None:
         """Send a question that is to be answered until `deadline`; a failure is kept for whoever reads the answer."""
         self.label, self.data, self.deadline, self.failure = label, data, deadline, None
-        if self.sock is not None and readable([self], 0):
-            self.close()  # by the server, or there is an answer too many, which would pass for the next one
+        if self.sock is not None and ready([self], 0):
+            self.close()  # the server has closed it, or sent what nobody asked for, which would pass for the next answer
         self.reused = self.sock is not None
         try:
             self._send(self.sock or self.connect(), data)
@@ -872,7 +892,7 @@ class Connection:
             view = view[sock.send(view) :]
 
 
-def readable(connections: Iterable[Connection], seconds: float) -> list[Connection]:
+def ready(connections: Iterable[Connection], seconds: float) -> list[Connection]:
     """Return those on which there is something to read, be it the end or a failure to send; wait `seconds` for the first."""
     found, waiting, poller = [], {}, select.poll()
     for connection in connections:
@@ -938,8 +958,8 @@ class Server(urllib.request.BaseHandler):
                     return
                 # With one in flight there is nothing to choose; and where none answers in time, the first to end has failed.
                 first = min(waiting, key=lambda connection: connection.deadline)
-                ready = readable(waiting, first.deadline - time.monotonic()) if len(waiting) > 1 else []
-                connection = next((each for each in ready if each.has_begun()), None) if ready else first
+                answered = ready(waiting, first.deadline - time.monotonic()) if len(waiting) > 1 else []
+                connection = next((each for each in answered if each.has_begun()), None) if answered else first
                 if connection is None:
                     continue
                 waiting.remove(connection)
@@ -1020,7 +1040,7 @@ class Server(urllib.request.BaseHandler):
             try:
                 body = self._read(connection)
             except GONE:
-                if not connection.reused:  # and so never a POST, which is alone on its connection
+                if not connection.reused or connection.data.startswith(b"POST"):  # which may have been received
                     raise
                 connection.close()
                 connection.ask(connection.label, connection.data, connection.deadline)
@@ -1039,7 +1059,7 @@ class Server(urllib.request.BaseHandler):
 
     def _read(self, connection: Connection) -> str:
         """Return the body of a success; HTTPError, and what the layers below raise."""
-        with connection.answer(self._limit + MAX_HEADERS * MAX_HEADER_BYTES) as answer:
+        with connection.answer(self._limit + MAX_HEADER_BYTES) as answer:
             if not 200 <= answer.status < 300:  # the body is not read
                 reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
                 raise HTTPError(
@@ -1084,17 +1104,6 @@ class Server(urllib.request.BaseHandler):
         if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
             return "expired", f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
         return "untrusted", f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
-
-
-def parse_retry_after(value: str, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks to wait, at most an hour; None where it says nothing."""
-    if re.fullmatch(r"[0-9]{1,100}", value):
-        return float(min(int(value), MAX_POLL_SECONDS))
-    try:
-        when = email.utils.parsedate_to_datetime(value).utctimetuple()  # one without a zone is UTC (RFC 9110, 5.6.7)
-        return max(0.0, min(calendar.timegm(when) - now, MAX_POLL_SECONDS))
-    except (ValueError, OverflowError, TypeError):
-        return None
 
 
 # ---- Proxmox client ---------------------------------------------------------------------------------------------------------
@@ -1181,10 +1190,9 @@ class ProxmoxClient(Server):
         paths = [f"/nodes/{self.node}/lxc/{vmid}/config?current=1" for vmid in vmids]
         in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
         for number, answer in self.fetch_all(paths, in_flight):
+            path = paths[number]
             try:
-                if isinstance(answer, AgentError):
-                    raise answer
-                yield vmids[number], self._narrow(paths[number], self._unwrap(paths[number], answer), dict)
+                yield vmids[number], answer if isinstance(answer, AgentError) else self._narrow(path, self._unwrap(path, answer), dict)
             except AgentError as exc:
                 yield vmids[number], exc
 
@@ -1207,7 +1215,7 @@ class ProxmoxClient(Server):
 
     def _unwrap(self, path: str, body: str) -> object:
         try:
-            if "\\u" in body or "\\/" in body:  # Proxmox writes neither, and they could hide what is looked for next
+            if "\\u" in body or "\\/" in body:  # Proxmox writes neither; whoever does may hide a secret from the search below
                 body = json.dumps(parse_json(body))
             for form in self._echoes:  # a secret that comes back goes no further
                 body = body.replace(form, "***")
@@ -1402,24 +1410,24 @@ class Collector:
     def collect(self) -> HostReport:
         """Return the report; AgentError where node status or guest list cannot be read, for then there is nothing true to say."""
         with self.proxmox.cycle():
-            unread = None
+            nodes_error = None
             try:
                 nodes = self.proxmox.nodes()
             except AgentError as exc:
-                nodes, unread = [], exc
+                nodes, nodes_error = [], exc
             try:
                 status = self.proxmox.node_status()
                 listed = self._list_guests()
             except HTTPError as exc:
                 if exc.status == 403:
-                    self._sees_all_guests()
+                    self._diagnose()
                 raise
             if not self._diagnosed:
-                self._sees_all_guests()
+                self._diagnose()
             host = build_host(self.proxmox.node, status, nodes)
             guests = self._read_guests(listed, host.cpu_count)
-        if unread is not None:  # said only now: where nothing can be read, one line is enough
-            self._changes.wrong("nodes", f"cpu_usage is unknown: {unread}")
+        if nodes_error is not None:  # said only now: where nothing can be read, one line is enough
+            self._changes.wrong("nodes", f"cpu_usage is unknown: {nodes_error}")
         else:
             self._changes.right("nodes", "cpu_usage can be read again")
         cloudflared = Cloudflared(status=self._probe())
@@ -1433,7 +1441,7 @@ class Collector:
             cloudflared=cloudflared,
         )
 
-    def _sees_all_guests(self) -> bool:
+    def _diagnose(self) -> bool:
         """Diagnose the token, warn of what is wrong with it, and tell whether it is known to see all guests."""
         try:
             permissions = self.proxmox.permissions()
@@ -1458,7 +1466,7 @@ class Collector:
                 raise self.proxmox.misfit(path, "a guest without a vmid")
             listed.setdefault(vmid, entry)
         # Proxmox leaves out what the token may not see and says nothing, so an empty list alone does not mean no guests.
-        if not listed and not self._sees_all_guests():
+        if not listed and not self._diagnose():
             text = f"GET {path}: an empty list, and the token is not known to have VM.Audit on /vms; {GRANT.format(user=self.proxmox.user)}"
             raise AgentError(text, headline="token lacks VM.Audit", retryable=False)
         return dict(sorted(listed.items()))
@@ -1476,7 +1484,7 @@ class Collector:
         else:
             self._changes.right("guests", "all guests can be read again")
         if any(isinstance(exc, HTTPError) and exc.status == 403 for exc in failed.values()):
-            self._sees_all_guests()
+            self._diagnose()
         return tuple(guests[vmid] for vmid in listed)
 
     def _probe(self) -> str:
@@ -1532,17 +1540,14 @@ class HubClient(Server):
             self._changes.wrong("interval", f"the hub's poll_interval_seconds is no whole number and is ignored: {shown}")
         else:
             self._changes.right("interval", "the hub's poll_interval_seconds is as it should be")
-        blocked, signed_ops = (value if isinstance(value := document.get(key), bool) else None for key in ("blocked", "has_signed_ops"))
-        generation = parse_whole(document.get("desired_generation"))
-        self._logger.debug("envelope: blocked %s, desired_generation %s, has_signed_ops %s", blocked, generation, signed_ops)
-        return ControlEnvelope(poll_interval_seconds=seconds, blocked=blocked, desired_generation=generation, has_signed_ops=signed_ops)
-
-
-def parse_whole(value: object) -> int | None:
-    """Return a JSON whole number, held inside ±MAX_FIGURE; None for all else, a boolean and an inexact float (1e99) included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not abs(value) <= MAX_FIGURE):
-        return None
-    return max(-MAX_FIGURE, min(MAX_FIGURE, int(value))) if value == int(value) else None
+        envelope = ControlEnvelope(
+            poll_interval_seconds=seconds,
+            blocked=parse_flag(document.get("blocked")),
+            desired_generation=parse_whole(document.get("desired_generation")),
+            has_signed_ops=parse_flag(document.get("has_signed_ops")),
+        )
+        self._logger.debug("%s", envelope)
+        return envelope
 
 
 # ---- loop -------------------------------------------------------------------------------------------------------------------
@@ -1600,7 +1605,7 @@ class Loop:
             error, status = self.cycle()
             now = self._clock()
             due = next_try(started=due, now=now, interval=self.interval, failures=failures, error=error, fraction=self._fraction())
-            error = None  # and with it its traceback, and all that hangs on that
+            error = None  # its traceback would keep the whole report alive during the wait
             self._tell(f"{status}, next in {due - now:.0f} s", due - now)
             self._wait(due - now)
 
@@ -1709,7 +1714,7 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
 def show_server(proxmox: ProxmoxClient) -> None:
     """Log certificate and version of the server that answers; AgentError."""
     with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
-        said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds)
+        said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds / COLLECT_TIMEOUTS)
         days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400
         subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
         LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
@@ -1725,7 +1730,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
 
     def stop(number: int, _: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: None)  # not SIG_IGN yet: of one that has come already Python would show a traceback
+            signal.signal(each, lambda *_: None)  # not SIG_IGN: Python would show a traceback for one that has come already
         raise Stop(signal.Signals(number).name)
 
     def tell(status: str, seconds: float) -> None:

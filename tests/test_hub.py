@@ -222,7 +222,7 @@ def test_other_fields_are_read_leniently_and_said_at_debug_level(
     assert client.report(REPORT) == agent.ControlEnvelope(poll_interval_seconds=900)
     (level, text), (other_level, _) = said(caplog)
     assert (level, other_level) == ("DEBUG", "DEBUG")
-    assert "blocked True, desired_generation 7, has_signed_ops True" in text
+    assert "blocked=True, desired_generation=7, has_signed_ops=True" in text
 
 
 # --- Retry-After --------------------------------------------------------------------------------------------------------------------
