@@ -369,7 +369,7 @@ def test_answer_on_its_way_still_goes_out_when_the_server_stops(certificates: la
 
 def test_close_is_announced_in_tls_but_a_cut_is_not(node: lab.SimulatedNode, certificates: lab.Certificates) -> None:
     node.script("", lab.Raw(b""), lab.Cut())
-    for complaint in (None, "EOF occurred in violation of protocol"):
+    for complaint in (None, "(?i)EOF"):
         plain = socket.create_connection(("127.0.0.1", node.port), 10)
         context = trusting(certificates)
         context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)  # Debian's Python 3.11 sets it by default
@@ -378,7 +378,7 @@ def test_close_is_announced_in_tls_but_a_cut_is_not(node: lab.SimulatedNode, cer
             if complaint is None:
                 assert tls.recv(1) == b""
             else:
-                with pytest.raises(ssl.SSLEOFError, match=complaint):
+                with pytest.raises(ssl.SSLError, match=complaint):
                     tls.recv(1)
 
 
