@@ -1069,9 +1069,8 @@ class Server(urllib.request.BaseHandler):
                     headline=f"{self.facts['server']} answered {answer.status}",
                     retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
                 )
-            # The length is looked at before a buffer of that size is made.
-            body = answer.read(self._limit + 1) if (answer.length or 0) <= self._limit else b""
-            if len(body) > self._limit or (answer.length or 0) > self._limit:
+            body = answer.read(self._limit + 1)
+            if len(body) > self._limit:
                 raise Failure("shape", "the answer is too large")
             if answer.length:
                 raise http.client.IncompleteRead(b"")
@@ -1378,7 +1377,7 @@ class StderrHandler(logging.Handler):
                 if not poller.poll(self.patience_ms):
                     self.patience_ms = 0
                     return
-                os.write(descriptor, line[:4096])  # a pipe that is writable takes as much at once
+                os.write(descriptor, line if len(line) <= 4096 else line[:4095] + b"\n")  # a pipe that is writable takes that much
             self.patience_ms = 1000
 
 
@@ -1711,8 +1710,8 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
     return 1 if "error" in result else 0
 
 
-def show_server(proxmox: ProxmoxClient) -> None:
-    """Log certificate and version of the server that answers; AgentError."""
+def show_certificate(proxmox: ProxmoxClient) -> None:
+    """Log subject, expiry and fingerprint of the server's certificate, trusted or not."""
     with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
         said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds / COLLECT_TIMEOUTS)
         days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400
@@ -1720,6 +1719,12 @@ def show_server(proxmox: ProxmoxClient) -> None:
         LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
         if days < 14:
             LOG.warning("the certificate ends in %d days: renew it", days)
+
+
+def show_server(proxmox: ProxmoxClient) -> None:
+    """Log certificate and version of the server that answers; AgentError."""
+    if is_https(proxmox.url):
+        show_certificate(proxmox)
     LOG.info("Proxmox VE %s at %s", parse_text(proxmox.version().get("version")), proxmox.url)
 
 

@@ -1,6 +1,6 @@
 """What can go wrong with a server, as data, the servers that do it, and one walk through all of it.
 
-python tests/faults.py      how many faults there are, and at how many places
+`PYTHONPATH=. python tests/faults.py` says how many faults there are, and at how many places.
 """
 
 from __future__ import annotations
