@@ -1069,8 +1069,9 @@ class Server(urllib.request.BaseHandler):
                     headline=f"{self.facts['server']} answered {answer.status}",
                     retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
                 )
-            body = answer.read(self._limit + 1)
-            if len(body) > self._limit:
+            # The length is looked at first, for a buffer of that size would be made.
+            body = answer.read(self._limit + 1) if (answer.length or 0) <= self._limit else b""
+            if len(body) > self._limit or (answer.length or 0) > self._limit:
                 raise Failure("shape", "the answer is too large")
             if answer.length:
                 raise http.client.IncompleteRead(b"")
