@@ -62,6 +62,7 @@ MAX_IN_FLIGHT: Final = 3
 GUESTS_PER_CONNECTION: Final = 20
 MAX_PROXMOX_BYTES: Final = 8 << 20
 MAX_ENVELOPE_BYTES: Final = 1 << 20
+MAX_GUESTS: Final = 10_000
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_HEADERS: Final = 100  # this and the next as in http.client
@@ -194,7 +195,7 @@ def check_url(url: str, *, prefix: bool = False) -> str:
         return f"must be {form}"
     if not url or "@" in url or "?" in url or "#" in url:  # not shown: this is where people put passwords
         return f"must be {form}, without user, query and fragment" if url else "is required"
-    if not host or not re.fullmatch(r"[!-~]+", url) or (parts.path.strip("/") and not prefix):
+    if not host or "%" in parts.netloc or not re.fullmatch(r"[!-~]+", url) or (parts.path.strip("/") and not prefix):
         return f"must be {form}, got {clean(url)}"
     return "" if is_https(url) or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
 
@@ -228,7 +229,9 @@ class Section:
     def redacted(self) -> dict[str, object]:
         """Return the keys and values, a secret as "***"."""
         shown = ((item, getattr(self, item.name)) for item in dataclasses.fields(self))
-        return {item.name: value if item.repr or not value else "***" for item, value in shown}
+        # A text that its check refuses may be a secret in the wrong place.
+        hidden = ((item, value, not item.repr or (isinstance(value, str) and item.metadata["check"](value))) for item, value in shown)
+        return {item.name: "***" if value and hide else value for item, value, hide in hidden}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -774,7 +777,7 @@ class Answer(http.client.HTTPResponse):
         length = self.fields.get("content-length", "")
         if not re.fullmatch(r"[0-9]{0,15}", length):
             raise http.client.HTTPException("content-length")
-        self.chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
+        self.chunked = self.status not in (204, 304) and self.fields.get("transfer-encoding", "").lower() == "chunked"
         self.chunk_left = None
         self.length = 0 if self.status in (204, 304) else int(length) if length and not self.chunked else None
         keeps = self.fields.get("connection", "" if version == "HTTP/1.1" else "close").lower() != "close"
@@ -856,6 +859,7 @@ class Connection:
         Name resolution is the one step that Python cannot bound: `main` bounds it through the resolver's own settings.
         """
         port = self._address.port or (443 if self._context else 80)
+        seconds_left(self.deadline)  # else each guest that is left at the end of a cycle would wait for a silent name server
         addresses = socket.getaddrinfo(self._address.hostname, port, type=socket.SOCK_STREAM)
         for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
             try:
@@ -959,9 +963,9 @@ class Server(urllib.request.BaseHandler):
                 # With one in flight there is nothing to choose; and where none answers in time, the first to end has failed.
                 first = min(waiting, key=lambda connection: connection.deadline)
                 answered = ready(waiting, first.deadline - time.monotonic()) if len(waiting) > 1 else []
-                connection = next((each for each in answered if each.has_begun()), None) if answered else first
-                if connection is None:
-                    continue
+                connection = next((each for each in answered if each.has_begun()), first)
+                if answered and not connection.has_begun() and time.monotonic() < first.deadline:
+                    continue  # what TLS has sent is no answer
                 waiting.remove(connection)
                 try:
                     yield connection.number, self._answer(connection)
@@ -1069,8 +1073,10 @@ class Server(urllib.request.BaseHandler):
                     headline=f"{self.facts['server']} answered {answer.status}",
                     retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
                 )
-            # The length is looked at first, for a buffer of that size would be made.
-            body = answer.read(self._limit + 1) if (answer.length or 0) <= self._limit else b""
+            body = bytearray()
+            # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
+            while len(body) <= self._limit and (piece := answer.read(65536)):
+                body += piece
             if len(body) > self._limit or (answer.length or 0) > self._limit:
                 raise Failure("shape", "the answer is too large")
             if answer.length:
@@ -1100,7 +1106,7 @@ class Server(urllib.request.BaseHandler):
         except (OSError, ValueError, http.client.HTTPException, Failure):
             said = {}
         if exc.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-            return "hostname", f"the certificate is for {clean(', '.join(name for _, name in said.get('subjectAltName', ())))}"
+            return "hostname", f"the certificate is for {clean(', '.join(str(name) for _, name in said.get('subjectAltName', ())))}"
         if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
             return "expired", f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
         return "untrusted", f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
@@ -1319,7 +1325,8 @@ class SystemctlProber:
                 seconds_left(deadline)
                 return said
             finally:
-                os.killpg(child.pid, signal.SIGKILL)  # it is not reaped yet, so the group is still its own: it and all that it started
+                with contextlib.suppress(ProcessLookupError):  # whoever started us may have SIGCHLD ignored, so that nobody is there
+                    os.killpg(child.pid, signal.SIGKILL)  # it is not reaped yet, so the group is still its own: it and all that it started
 
 
 def notify(text: str) -> None:
@@ -1359,10 +1366,10 @@ class LineFormatter(logging.Formatter):
 class StderrHandler(logging.Handler):
     """Writes to standard error, and drops what cannot be written: a log that is full or not read must not stop the heartbeat."""
 
-    patience_ms = 1000
+    patience_ms = 500
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, waiting a second at most, and not again until something has been written."""
+        """Write a record, waiting half a second at most, and not again until something has been written."""
         text = self.format(record)
         try:
             descriptor = sys.stderr.fileno()
@@ -1379,7 +1386,7 @@ class StderrHandler(logging.Handler):
                     self.patience_ms = 0
                     return
                 os.write(descriptor, line if len(line) <= 4096 else line[:4095] + b"\n")  # a pipe that is writable takes that much
-            self.patience_ms = 1000
+            self.patience_ms = 500
 
 
 def is_journal(stream: str) -> bool:
@@ -1465,6 +1472,8 @@ class Collector:
             if vmid is None:  # to leave it out would claim that it does not exist
                 raise self.proxmox.misfit(path, "a guest without a vmid")
             listed.setdefault(vmid, entry)
+        if len(listed) > MAX_GUESTS:
+            raise self.proxmox.misfit(path, f"more than {MAX_GUESTS} guests")
         # Proxmox leaves out what the token may not see and says nothing, so an empty list alone does not mean no guests.
         if not listed and not self._diagnose():
             text = f"GET {path}: an empty list, and the token is not known to have VM.Audit on /vms; {GRANT.format(user=self.proxmox.user)}"
@@ -1473,17 +1482,19 @@ class Collector:
 
     def _read_guests(self, listed: Mapping[int, Mapping[str, object]], cpu_count: int | None) -> tuple[Guest, ...]:
         guests: dict[int, Guest] = {}
-        failed: dict[int, AgentError] = {}
+        failed: dict[int, str] = {}  # the texts alone: an error holds its traceback
+        refused = False
         for vmid, config in self.proxmox.guest_configs(list(listed)):
             if isinstance(config, AgentError):
-                failed[vmid] = config
+                failed[vmid] = str(config)
+                refused = refused or (isinstance(config, HTTPError) and config.status == 403)
             guests[vmid] = build_guest(vmid, listed[vmid], None if isinstance(config, AgentError) else config, cpu_count)
         if failed:
             named = ", ".join(str(vmid) for vmid in sorted(failed)[:10]) + (", …" if len(failed) > 10 else "")
             self._changes.wrong("guests", f"{len(failed)} of {len(listed)} guests are unknown ({named}): {failed[min(failed)]}")
         else:
             self._changes.right("guests", "all guests can be read again")
-        if any(isinstance(exc, HTTPError) and exc.status == 403 for exc in failed.values()):
+        if refused:
             self._diagnose()
         return tuple(guests[vmid] for vmid in listed)
 

@@ -278,6 +278,11 @@ def test_password_in_an_address_is_not_shown(load: Load, url: str) -> None:
     assert "hunter2" not in problem
 
 
+def test_host_with_a_percent_sign_is_refused(load: Load) -> None:
+    """urllib.request would read it as another host, and so as a proxy."""
+    assert problems(load(with_value("hub.url", "https://hub%2eexample.com"))) != []
+
+
 def test_only_the_hub_has_a_path(load: Load) -> None:
     assert problems(load(with_value("hub.url", "https://h/a/prefix/"))) == []
     assert problems(load(with_value("proxmox.url", "https://h:8006/api2/json"))) == [
@@ -627,6 +632,18 @@ def test_secret_pasted_into_the_token_id_is_not_shown(load: Load) -> None:
     (problem,) = problems(load(with_value("proxmox.token_id", f"root@pam!x={TOKEN_SECRET}")))
     assert problem.startswith("config: proxmox.token_id: must be user@realm!tokenname")
     assert TOKEN_SECRET not in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("proxmox.token_id", f"root@pam!x={TOKEN_SECRET}"),
+        ("hub.url", f"https://agent:{TOKEN_SECRET}@hub.example.com"),
+        ("hub.url", f"https://hub.example.com/?key={TOKEN_SECRET}"),
+    ],
+)
+def test_what_is_refused_may_be_a_secret_and_is_not_printed(load: Load, key: str, value: str) -> None:
+    assert TOKEN_SECRET not in json.dumps(load(with_value(key, value)).redacted())
 
 
 def test_empty_secret_is_shown_as_empty(load: Load) -> None:

@@ -247,6 +247,11 @@ def test_retry_after_is_heard(client: agent.HubClient, httpserver: HTTPServer, s
     assert least <= caught.value.retry_after <= most
 
 
+def test_answer_without_a_body_has_no_chunks(plain_hub: lab.SimulatedHub) -> None:
+    plain_hub.script("", lab.Raw(b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"))
+    assert agent.HubClient(hub_config(plain_hub), logger=LOG).report(REPORT) == agent.ControlEnvelope()
+
+
 def test_retry_after_may_be_a_date(client: agent.HubClient, httpserver: HTTPServer) -> None:
     soon = formatdate(time.time() + 600, usegmt=True)  # here: at collection it would be minutes old when the test runs
     httpserver.expect_ordered_request(PATH).respond_with_data("", 503, {"Retry-After": soon})
