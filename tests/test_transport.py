@@ -368,9 +368,9 @@ def test_length_that_is_a_lie_makes_no_buffer(plain_hub: lab.SimulatedHub) -> No
 
 
 def test_body_in_small_chunks_takes_little_more_memory_than_its_length(plain_hub: lab.SimulatedHub) -> None:
-    plain_hub.script("", lab.Raw(CHUNKED + b"1\r\n \r\n" * 400_000 + b"0\r\n\r\n"))
+    plain_hub.script("", lab.Raw(CHUNKED + b"1\r\n \r\n" * 300_000 + b"0\r\n\r\n"))
     client = agent.HubClient(hub_config(plain_hub), logger=LOG)
-    with memory_below(9 << 20):
+    with memory_below(8 << 20):
         client.report(REPORT)
 
 
