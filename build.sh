@@ -62,9 +62,8 @@ install_packages() {
 # - --uncompressed, since one zlib compresses differently from another;
 # - shiv packs its own files in the order in which the file system lists them, so they are sorted here.
 build() {
-    stage=$venv/stage
-    rm -rf "$stage"
-    mkdir -p "$stage" dist
+    stage=$(mktemp -d "$PWD/$venv/stage.XXXXXX") # another build may be under way
+    mkdir -p dist
     install -m 644 felhom_agent.py "$stage"
     # "python3 -I" lets neither Python's environment variables nor a user's own packages into the process that holds the secrets.
     "$venv/bin/python" -I -c '
@@ -73,8 +72,9 @@ package_files = shiv.builder.iter_package_files
 shiv.builder.iter_package_files = lambda package: sorted(package_files(package), key=lambda entry: entry[1])
 shiv.cli.main()
 ' --site-packages "$stage" --entry-point felhom_agent:main --python '/usr/bin/python3 -I' \
-        --reproducible --uncompressed --output-file "$pyz.part"
-    mv "$pyz.part" "$pyz"
+        --reproducible --uncompressed --output-file "$pyz.$$"
+    rm -rf "$stage"
+    mv "$pyz.$$" "$pyz"
     echo "$pyz: $(wc -c <"$pyz") bytes, sha256 $(sha256sum "$pyz" | cut -d ' ' -f 1)"
 }
 
