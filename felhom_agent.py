@@ -1500,10 +1500,12 @@ class Collector:
 
     def _probe(self) -> str:
         try:
-            return self._cloudflared.probe()
+            status = self._cloudflared.probe()
         except Exception as exc:  # a prober is handed in, and whatever is wrong with it is no reason to be silent
             self._changes.wrong("prober", f"cloudflared.status is unknown: {type(exc).__name__}", exc)
             return "unknown"
+        self._changes.right("prober", "cloudflared.status can be read again")
+        return status
 
 
 # ---- hub client -------------------------------------------------------------------------------------------------------------
@@ -1712,9 +1714,10 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
         result["report"] = json.loads(report.to_json())
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
-    except AgentError as exc:
-        LOG.error("%s", exc)
-        result["error"] = str(exc)
+    except Exception as exc:  # a fault of our own is logged too: the log hides secrets, Python's own traceback does not
+        known = isinstance(exc, AgentError)
+        LOG.error("%s", exc if known else "a fault of the agent, please report it", exc_info=None if known else exc)
+        result["error"] = str(exc) if known else type(exc).__name__
     except KeyboardInterrupt:
         return 130
     if "report" in result:

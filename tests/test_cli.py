@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 import pytest
 
@@ -526,3 +526,24 @@ def test_secrets_are_not_shown_when_they_come_back(run: Run, agent_config: Path,
     assert "Bad key ***" in outcome.document["error"]
     assert hub.api_key not in outcome.out + outcome.err
     assert node.token_secret not in outcome.out + outcome.err
+
+
+class Broken:
+    """A collector with a fault of its own, which quotes a secret."""
+
+    def collect(self) -> felhom_agent.HostReport:
+        raise ZeroDivisionError("hunter2hunter2")
+
+
+def test_fault_of_the_agent_in_a_selftest_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    formatter = felhom_agent.LineFormatter(journal=False)
+    formatter.secrets = felhom_agent.secret_forms("hunter2hunter2")
+    handler = felhom_agent.StderrHandler()
+    handler.setFormatter(formatter)
+    monkeypatch.setattr(felhom_agent.LOG, "handlers", [handler])
+    hub = felhom_agent.HubClient(felhom_agent.HubConfig(url="http://127.0.0.1:1", api_key="a-key"), logger=felhom_agent.LOG)
+    assert felhom_agent.selftest(cast(felhom_agent.Collector, Broken()), hub) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "ZeroDivisionError: ***" in shown.err
+    assert "hunter2" not in shown.err

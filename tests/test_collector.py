@@ -95,12 +95,30 @@ def test_prober_that_fails_is_no_reason_to_be_silent(node: lab.SimulatedNode, lo
     assert [level for level, text in said(log) if "cloudflared" in text] == ["WARNING", "DEBUG"]
 
 
+def test_prober_that_fails_again_is_told_again(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
+    prober = Prober(RuntimeError("broken"))
+    collector = build_collector(node, prober)
+    for answer in (prober.answer, "active", prober.answer):
+        prober.answer = answer
+        collector.collect()
+    assert [level for level, text in said(log) if "cloudflared" in text] == ["WARNING", "INFO", "WARNING"]
+
+
 def test_prober_is_asked_for_each_report(node: lab.SimulatedNode) -> None:
     prober = Prober()
     collector = build_collector(node, prober)
     assert collector.collect().cloudflared.status == "active"
     prober.answer = "failed"
     assert collector.collect().cloudflared.status == "failed"
+
+
+def test_rights_on_nodes_and_guests_alone_are_enough(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
+    """As README.md says."""
+    node.permissions = {path: dict.fromkeys(lab.PRIVILEGES, 1) for path in ("/nodes", "/vms")}
+    report = build_collector(node).collect()
+    assert report.host.cpu_usage is not None
+    assert [guest.vmid for guest in report.guests if guest.spec is not None] == [guest.vmid for guest in node.guests]
+    assert said(log) == []
 
 
 # --- the list -----------------------------------------------------------------------------------------------------------------------
