@@ -41,7 +41,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar, cast
 
@@ -92,13 +92,12 @@ class TransportError(AgentError):
 
 
 class HTTPError(AgentError):
-    """The server answered with the `status` of a failure; `reason` is its reason phrase."""
+    """The server answered with the `status` of a failure."""
 
-    def __init__(self, text: str, *, status: int, reason: str = "", headline: str = "", retry_after: float | None = None) -> None:
+    def __init__(self, text: str, *, status: int, headline: str = "", retry_after: float | None = None) -> None:
         passing = status in (408, 425, 429) or not 400 <= status < 500
         super().__init__(text, headline=headline, retryable=passing, retry_after=retry_after if status in (429, 503) else None)
         self.status = status
-        self.reason = reason
 
 
 class ConfigError(Exception):
@@ -658,11 +657,7 @@ MENDS: Final[Mapping[str, str]] = {
 
 
 class Failure(Exception):
-    """What went wrong with a request, as the key of its mend and in words."""
-
-    def __init__(self, key: str, text: str) -> None:
-        super().__init__(text)
-        self.key = key
+    """What went wrong with a request: the key of its mend, and the words."""
 
 
 # What shows that the server has closed a kept connection meanwhile; the question is then asked once more on a new one.
@@ -678,14 +673,6 @@ FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str, str]]] = (
 )
 
 
-def seconds_left(deadline: float) -> float:
-    """Return the seconds until `deadline` (monotonic); TimeoutError when it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
 def parse_retry_after(value: str, now: float) -> float | None:
     """Return the seconds that a Retry-After header asks to wait, at most an hour; None where it says nothing."""
     if re.fullmatch(r"[0-9]{1,100}", value):
@@ -697,63 +684,91 @@ def parse_retry_after(value: str, now: float) -> float | None:
         return None
 
 
-class PinnedContext(ssl.SSLContext):
-    """Accepts one certificate only, whoever signed it and whatever name it bears."""
-
-    pin = ""
-
-    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
-        """Shake hands; Failure where the certificate is another one."""
-        sock = super().wrap_socket(*args, **options)
-        if hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest() != self.pin:
-            sock.close()
-            raise Failure("fingerprint", "the certificate is not the pinned one")
-        return sock
-
-
-def build_context(section: str, url: str, ca_file: str, *, fingerprint: str = "", strict: bool = True) -> ssl.SSLContext | None:
-    """Return what checks the server's certificate: chain and host name, or the fingerprint; None for http; ConfigError."""
+def build_context(section: str, url: str, ca_file: str, *, pinned: bool = False, strict: bool = True) -> ssl.SSLContext | None:
+    """Return what checks the server's certificate: chain and host name; None for http; ConfigError."""
     if not is_https(url):
         return None
-    if fingerprint:
-        pinned = PinnedContext(ssl.PROTOCOL_TLS_CLIENT)
-        pinned.pin = fingerprint.replace(":", "").lower()
-        pinned.check_hostname, pinned.verify_mode = False, ssl.CERT_NONE  # wrap_socket is stricter
-        pinned.minimum_version = ssl.TLSVersion.TLSv1_2
-        return pinned
-    try:
-        # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
-        context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file else None)
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
+    if pinned:  # nothing here: Server compares the fingerprint, which is stricter
+        context = trust_all()
+    else:
+        try:
+            # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
+            context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file else None)
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not strict:
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 
+def trust_all() -> ssl.SSLContext:
+    """Return a context that accepts every certificate, for those who look at it themselves."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def seconds_left(deadline: float) -> float:
+    """Return the seconds until `deadline` (monotonic); TimeoutError when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def dial(host: str | None, port: int, deadline: float) -> socket.socket:
+    """Connect until `deadline` to the first address of `host` that answers; OSError.
+
+    Name resolution is the one step that Python cannot bound: `main` bounds it through the resolver's own settings.
+    """
+    seconds_left(deadline)  # else each guest that is left at the end of a cycle would wait for a silent name server
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        with contextlib.ExitStack() as closed:
+            try:
+                sock = closed.enter_context(socket.socket(family, kind, protocol))
+                sock.settimeout(seconds_left(deadline) / left)  # an address that does not answer leaves time for the next
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                closed.pop_all()
+                return sock
+            except OSError:
+                if left == 1:
+                    raise
+    raise TimeoutError
+
+
+def send(sock: socket.socket, data: bytes, deadline: float) -> None:
+    """Send all of `data` until `deadline`; OSError."""
+    view = memoryview(data)
+    while view:  # sendall of a TLS socket would give each part the whole time
+        sock.settimeout(seconds_left(deadline))
+        view = view[sock.send(view) :]
+
+
 class Incoming(io.RawIOBase):
-    """What a socket receives until `deadline`, at most `allowance` bytes.
+    """What a socket receives until `deadline`, at most `allowance` bytes; nothing is waited for before the answer has `begun`.
 
     A socket's own time-out bounds one call only: a server that sends a byte a second would hold it for ever.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float, allowance: int, begun: bytes) -> None:
-        self._sock, self._deadline, self._allowance, self._begun = sock, deadline, allowance, begun
+    def __init__(self, sock: socket.socket, deadline: float, allowance: int, *, begun: bool = False) -> None:
+        self._sock, self._deadline, self._allowance, self.begun = sock, deadline, allowance, begun
 
     def readable(self) -> bool:
         """Return True: io.BufferedReader asks."""
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
         """Receive what has come; OSError, Failure."""
-        if self._begun:
-            view = memoryview(buffer).cast("B")
-            count = min(len(view), len(self._begun))
-            view[:count], self._begun = self._begun[:count], self._begun[count:]
-        else:
-            self._sock.settimeout(seconds_left(self._deadline))
+        left = seconds_left(self._deadline)
+        self._sock.settimeout(left if self.begun else 0)
+        try:
             count = self._sock.recv_into(buffer)
+        except (ssl.SSLWantReadError, BlockingIOError):  # TLS has sent something of its own, a session ticket
+            return None
+        self.begun = True
         self._allowance -= count
         if self._allowance < 0:
             raise Failure("shape", "the answer is too large")
@@ -799,223 +814,134 @@ class Answer(http.client.HTTPResponse):
         raise http.client.HTTPException("too many header lines")
 
 
-class Connection:
-    """One connection, made when it is first used and kept, with one question on it at a time; `number` tells which."""
-
-    def __init__(self, context: ssl.SSLContext | None, address: str, tunnel: str = "", tunnel_header: str = "") -> None:
-        self.route = (address, tunnel, tunnel_header)
-        self._address = urllib.parse.urlsplit(f"//{address}")
-        self._name = urllib.parse.urlsplit(f"//{tunnel or address}").hostname
-        self._tunnel = f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{tunnel_header}\r\n" if tunnel else ""
-        self.via = f" (through the proxy {address})" if tunnel else ""
-        self._context = context
-        self.sock: socket.socket | None = None
-        self.number, self.label, self.data, self.deadline = 0, "", b"", 0.0
-        self.reused = False
-        self.failure: Exception | None = None
-        self._begun = b""
-
-    def ask(self, label: str, data: bytes, deadline: float) -> None:
-        """Send a question that is to be answered until `deadline`; a failure is kept for whoever reads the answer."""
-        self.label, self.data, self.deadline, self.failure = label, data, deadline, None
-        if self.sock is not None and ready([self], 0):
-            self.close()  # the server has closed it, or sent what nobody asked for, which would pass for the next answer
-        self.reused = self.sock is not None
-        try:
-            self._send(self.sock or self.connect(), data)
-        except (OSError, http.client.HTTPException, ValueError, Failure) as exc:
-            self.failure = exc
-
-    def answer(self, allowance: int) -> Answer:
-        """Return the answer with its header read; OSError, http.client.HTTPException, Failure."""
-        failure, self.failure = self.failure, None
-        if failure is not None or self.sock is None:
-            raise failure or ConnectionResetError
-        begun, self._begun = self._begun, b""
-        answer = Answer(Incoming(self.sock, self.deadline, allowance, begun))  # type: ignore[arg-type]  # makefile is all it asks of a socket
-        try:
-            answer.begin()
-        except BaseException:
-            answer.close()  # or Python 3.13 complains on standard error when it collects it later
-            raise
-        return answer
-
-    def has_begun(self) -> bool:
-        """Tell whether the answer has, without waiting: a TLS socket is readable for a session ticket too, right after the handshake."""
-        if self.sock is None or self.failure is not None or self._begun:
-            return True
-        try:
-            self.sock.settimeout(0)
-            self._begun = self.sock.recv(io.DEFAULT_BUFFER_SIZE)
-        except (ssl.SSLWantReadError, BlockingIOError):
-            return False
-        except OSError as exc:
-            self.failure = exc
-        return True
-
-    def connect(self) -> socket.socket:
-        """Connect, through the proxy's tunnel if there is one, and shake hands, all until `deadline`.
-
-        Name resolution is the one step that Python cannot bound: `main` bounds it through the resolver's own settings.
-        """
-        port = self._address.port or (443 if self._context else 80)
-        seconds_left(self.deadline)  # else each guest that is left at the end of a cycle would wait for a silent name server
-        addresses = socket.getaddrinfo(self._address.hostname, port, type=socket.SOCK_STREAM)
-        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
-            try:
-                sock = self.sock = socket.socket(family, kind, protocol)
-                sock.settimeout(seconds_left(self.deadline) / left)  # an address that does not answer leaves time for the next
-                sock.connect(address)
-                break
-            except OSError:
-                self.close()
-                if left == 1:
-                    raise
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tunnel:
-            self._send(sock, self._tunnel.encode("latin-1"))
-            with self.answer(MAX_HEADER_BYTES) as answer:
-                if answer.status != 200:
-                    raise Failure("proxy", "the proxy does not let us through")
-        if self._context is not None:
-            sock.settimeout(seconds_left(self.deadline))  # which bounds a handshake as a whole
-            sock = self.sock = self._context.wrap_socket(sock, server_hostname=self._name)
-        return sock
-
-    def close(self) -> None:
-        """Close it; the next question opens it again."""
-        self._begun = b""
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
-
-    def _send(self, sock: socket.socket, data: bytes) -> None:
-        view = memoryview(data)
-        while view:  # sendall of a TLS socket would give each part the whole time
-            sock.settimeout(seconds_left(self.deadline))
-            view = view[sock.send(view) :]
-
-
-def ready(connections: Iterable[Connection], seconds: float) -> list[Connection]:
-    """Return those on which there is something to read, be it the end or a failure to send; wait `seconds` for the first."""
-    found, waiting, poller = [], {}, select.poll()
-    for connection in connections:
-        sock = connection.sock
-        if sock is None or connection.failure is not None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
-            found.append(connection)
-        else:
-            waiting[sock.fileno()] = connection
-            poller.register(sock, select.POLLIN)
-    return found or [waiting[descriptor] for descriptor, _ in poller.poll(max(0.0, seconds) * 1000)]
+# A question under way: yields where and until when its answer is waited for, and returns what the answer says.
+Exchange = Generator[tuple[socket.socket, float], None, object]
 
 
 class Server(urllib.request.BaseHandler):
     """One server: kept connections, hard deadlines, capped answers, and every failure as one of two errors.
 
-    It is a handler of urllib.request, which is the door for single calls and brings the proxy rules; `fetch_all` goes past
-    it.  No other handler is installed, so nothing follows a redirect, opens a file or asks for a password.
+    It is a handler of urllib.request, which is the door for single calls and brings the proxy rules.  No other handler is
+    installed, so nothing follows a redirect, opens a file or asks for a password.
     """
 
     mends: Mapping[str, str] = MENDS
+    misfit = "no answer of this server"
 
     def __init__(
-        self, url: str, authorization: str, *, secret: str, timeout_seconds: int, limit_bytes: int, context: ssl.SSLContext | None
+        self, url: str, authorization: str, context: ssl.SSLContext | None, *, secret: str, timeout_seconds: int, limit_bytes: int
     ) -> None:
         self.url = url
         self.ends = math.inf  # of the cycle; outside of one no connection is kept
         self.facts: dict[str, str] = {}  # what stands for the names in `mends`
         self.secrets = secret_forms(secret)
-        self._parts = urllib.parse.urlsplit(self.url)
-        self._context = context
-        self._timeout, self._limit = timeout_seconds, limit_bytes
+        self.pin = ""  # SHA-256 of the only certificate that is accepted, whoever signed it and whatever name it bears
+        self._parts = urllib.parse.urlsplit(url)
+        self._context, self._timeout, self._limit = context, timeout_seconds, limit_bytes
         self._header = (
             f"Host: {self._parts.netloc}\r\nAuthorization: {authorization}\r\nUser-Agent: felhom-agent/{__version__}\r\n"
             "Accept: application/json\r\nAccept-Encoding: identity\r\n"
         )
-        self._idle: list[Connection] = []
+        self._proxy = ("", "")  # its address, and a header line for it
+        self._idle: list[socket.socket] = []
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self)
 
-    def fetch(self, path: str, body: bytes | None = None) -> str:
-        """Return the body of the answer to one GET, or to a POST of `body` as JSON; TransportError, HTTPError."""
+    def fetch(self, path: str, body: bytes | None = None) -> object:
+        """Return what the answer to one GET says, or to a POST of `body` as JSON; TransportError, HTTPError."""
         try:
-            # urllib.request makes None of an empty answer.
-            return cast("str | None", self.opener.open(urllib.request.Request(self.url + path, body))) or ""
+            (said,) = cast("tuple[object]", self.opener.open(urllib.request.Request(self.url + path, body)))
         except ValueError:  # it quotes the address, which may hold a password
             raise TransportError(self.mended(f"{path}: the proxy's address cannot be used", "proxy"), headline="bad proxy") from None
-        finally:
-            if self.ends == math.inf:
-                self.close()
+        return said
 
-    def fetch_all(self, paths: Sequence[str], in_flight: int) -> Iterator[tuple[int, str | AgentError]]:
-        """Yield the number of each path with the answer to its GET, or the error, in the order in which they come.
+    def http_open(self, request: urllib.request.Request) -> tuple[object]:
+        """Answer urllib.request, which comes here after its proxy rules; in a tuple, since it passes over what is empty."""
+        if request.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
+            header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
+            self._proxy = request.host, header
+        path = request.selector.removeprefix(self._parts.path)
+        ((_, said),) = self.run([self.exchange(request.get_method(), path, cast("bytes | None", request.data))], 1)
+        if isinstance(said, AgentError):
+            raise said
+        return (said,)
+
+    https_open = http_open
+
+    def run(self, exchanges: Iterable[Exchange], in_flight: int) -> Iterator[tuple[int, object]]:
+        """Yield the number of each exchange with what its answer says, or the AgentError, in the order in which they come.
 
         One thread asks on several connections and reads whichever answers first, so a slow answer holds no other up.
         """
-        todo = iter(enumerate(paths))
-        waiting: list[Connection] = []
+        todo = enumerate(exchanges)
+        waiting: dict[socket.socket, tuple[float, int, Exchange]] = {}
         try:
             while True:
-                while len(waiting) < in_flight and (item := next(todo, None)):
-                    waiting.append(self._ask("GET", item[1], number=item[0]))
-                if not waiting:
+                if len(waiting) < in_flight and (item := next(todo, None)):
+                    number, exchange = item
+                elif waiting:
+                    first = min(waiting, key=lambda sock: waiting[sock][0])  # where none answers in time, it has failed
+                    ready, _, _ = select.select(waiting, [], [], max(0.0, waiting[first][0] - time.monotonic()))
+                    _, number, exchange = waiting.pop(ready[0] if ready else first)
+                else:
                     return
-                # With one in flight there is nothing to choose; and where none answers in time, the first to end has failed.
-                first = min(waiting, key=lambda connection: connection.deadline)
-                answered = ready(waiting, first.deadline - time.monotonic()) if len(waiting) > 1 else []
-                connection = next((each for each in answered if each.has_begun()), first)
-                if answered and not connection.has_begun() and time.monotonic() < first.deadline:
-                    continue  # what TLS has sent is no answer
-                waiting.remove(connection)
                 try:
-                    yield connection.number, self._answer(connection)
+                    sock, deadline = next(exchange)
+                    waiting[sock] = deadline, number, exchange
+                    continue
+                except StopIteration as done:
+                    said = done.value
                 except AgentError as exc:
-                    yield connection.number, exc
+                    said = exc
+                yield number, said
         finally:
-            for connection in waiting:
-                connection.close()
+            for _, _, exchange in waiting.values():
+                exchange.close()
             if self.ends == math.inf:
                 self.close()
 
-    def http_open(self, request: urllib.request.Request) -> str:
-        """Answer urllib.request, which comes here after its proxy rules."""
-        connection = None
-        if request.host != self._parts.netloc:  # a proxy, and always for https: plain http goes to loopback addresses only
-            header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
-            tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:443"
-            connection = Connection(self._context, request.host, tunnel, header)
-        return self._answer(
-            self._ask(request.get_method(), request.selector.removeprefix(self._parts.path), cast("bytes | None", request.data), connection)
-        )
-
-    https_open = http_open
+    def exchange(self, method: str, path: str, body: bytes | None = None) -> Exchange:
+        """Ask, on a kept connection where there is one; TransportError, HTTPError."""
+        deadline = min(time.monotonic() + self._timeout, self.ends)
+        length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
+        label = f"{method} {path}"
+        try:
+            kept = self._take_idle()
+            try:
+                return (yield from self._ask(kept or self._connect(deadline), label, data, deadline))
+            except GONE:
+                if kept is None or body is not None:  # what is posted may have been received
+                    raise
+            return (yield from self._ask(self._connect(deadline), label, data, deadline))
+        except (http.client.HTTPException, ValueError) as exc:
+            raise self._explain(exc, label, deadline) from None  # they quote the server
+        except (OSError, Failure) as exc:
+            raise self._explain(exc, label, deadline) from exc
 
     def close(self) -> None:
         """Close the kept connections."""
         while self._idle:
             self._idle.pop().close()
 
-    def read_certificate(self, deadline: float, route: tuple[str, str, str] | None = None) -> tuple[Mapping[str, Any], str]:
-        """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError.
+    def parse(self, body: str) -> object:
+        """Return what an answer says; ValueError, KeyError or TypeError where it is of another shape than this server's."""
+        return parse_json(body)
+
+    def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
+        """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError, Failure.
 
         Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
         very certificate that the first one met, even if it has expired.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        for last in (False, True):
-            connection = Connection(context, *(route or (self._parts.netloc,)))
-            connection.deadline = deadline
-            try:
-                sock = cast(ssl.SSLSocket, connection.connect())
-                encoded, said = sock.getpeercert(binary_form=True) or b"", sock.getpeercert() or {}
-            finally:
-                connection.close()
-            if not last:
-                context.verify_mode = ssl.CERT_REQUIRED
-                context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
-                context.load_verify_locations(cadata=encoded)
-        return said, hashlib.sha256(encoded).digest().hex(":").upper()
+        context = trust_all()
+        with self._connect(deadline, context) as sock:
+            encoded = cast(ssl.SSLSocket, sock).getpeercert(binary_form=True) or b""
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+        context.load_verify_locations(cadata=encoded)
+        with self._connect(deadline, context) as sock:
+            return cast(ssl.SSLSocket, sock).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
 
     def cause(self, status: int, reason: str) -> str:
         """Return the key of the mend for a status."""
@@ -1026,83 +952,106 @@ class Server(urllib.request.BaseHandler):
         mend = self.mends.get(key, "").format(**self.facts)
         return f"{text}; {mend}" if mend else text
 
-    def _ask(
-        self, method: str, path: str, body: bytes | None = None, connection: Connection | None = None, *, number: int = 0
-    ) -> Connection:
-        """Send a request, on a kept connection where there is one."""
-        if connection is None:
-            connection = self._idle.pop() if self._idle else Connection(self._context, self._parts.netloc)
-        length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
-        connection.number = number
-        connection.ask(f"{method} {path}", data, min(time.monotonic() + self._timeout, self.ends))
-        return connection
+    def other_shape(self, label: str, text: str = "") -> TransportError:
+        """Return the error for an answer that this server would not have given."""
+        return TransportError(self.mended(f"{label}: {text or self.misfit}", "shape"), headline=f"{self.facts['server']} answered nonsense")
 
-    def _answer(self, connection: Connection) -> str:
-        """Read the answer; a kept connection that turns out to be gone is replaced once."""
+    def _take_idle(self) -> socket.socket | None:
+        while self._idle:
+            sock = self._idle.pop()
+            if not select.select([sock], [], [], 0)[0] and not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+                return sock
+            sock.close()  # the server has closed it, or sent what nobody asked for, which would pass for the next answer
+        return None
+
+    def _connect(self, deadline: float, context: ssl.SSLContext | None = None) -> socket.socket:
+        """Connect, through the proxy's tunnel if there is one, and shake hands; OSError, http.client.HTTPException, Failure."""
+        usual = 443 if self._context else 80
+        proxy, header = self._proxy
+        there = urllib.parse.urlsplit(f"//{proxy}") if proxy else self._parts
+        sock = dial(there.hostname, there.port or usual, deadline)
         try:
-            try:
-                body = self._read(connection)
-            except GONE:
-                if not connection.reused or connection.data.startswith(b"POST"):  # which may have been received
-                    raise
-                connection.close()
-                connection.ask(connection.label, connection.data, connection.deadline)
-                body = self._read(connection)
-        except (http.client.HTTPException, ValueError) as exc:
-            connection.close()
-            raise self._explain(connection, exc) from None  # they quote the server
-        except (OSError, Failure) as exc:
-            connection.close()
-            raise self._explain(connection, exc) from exc
+            if proxy:
+                tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:{usual}"
+                send(sock, f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{header}\r\n".encode("latin-1"), deadline)
+                with Answer(Incoming(sock, deadline, MAX_HEADER_BYTES, begun=True)) as answer:  # type: ignore[arg-type]
+                    answer.begin()
+                    if answer.status != 200:
+                        raise Failure("proxy", "the proxy does not let us through")
+            if self._context is not None:
+                tls = (context or self._context).wrap_socket(sock, server_hostname=self._parts.hostname, do_handshake_on_connect=False)
+                sock = tls
+                sock.settimeout(seconds_left(deadline))  # which bounds a handshake as a whole
+                tls.do_handshake()
+                if self.pin and context is None and hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest() != self.pin:
+                    raise Failure("fingerprint", "the certificate is not the pinned one")
         except BaseException:
-            connection.close()
+            sock.close()
             raise
-        self._idle.append(connection)
-        return body
+        return sock
 
-    def _read(self, connection: Connection) -> str:
-        """Return the body of a success; HTTPError, and what the layers below raise."""
-        with connection.answer(self._limit + MAX_HEADER_BYTES) as answer:
-            if not 200 <= answer.status < 300:  # the body is not read
-                reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
-                raise HTTPError(
-                    self.mended(f"{connection.label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
-                    status=answer.status,
-                    reason=reason,
-                    headline=f"{self.facts['server']} answered {answer.status}",
-                    retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
-                )
-            body = bytearray()
-            # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
-            while len(body) <= self._limit and (piece := answer.read(65536)):
-                body += piece
-            if len(body) > self._limit or (answer.length or 0) > self._limit:
-                raise Failure("shape", "the answer is too large")
-            if answer.length:
-                raise http.client.IncompleteRead(b"")
+    def _ask(self, sock: socket.socket, label: str, data: bytes, deadline: float) -> Exchange:
+        """Send the question, yield until the answer has begun, and read it; the connection is kept after a success alone."""
+        try:
+            send(sock, data, deadline)
+            incoming = Incoming(sock, deadline, self._limit + MAX_HEADER_BYTES)
+            with Answer(incoming) as answer:  # type: ignore[arg-type]  # makefile is all it asks of a socket
+                while not incoming.begun:
+                    yield sock, deadline
+                    answer.fp.peek()
+                answer.begin()
+                body = self._read(answer, label)
+        except BaseException:
+            sock.close()
+            raise
         if answer.will_close:
-            connection.close()
+            sock.close()
+        else:
+            self._idle.append(sock)
+        try:
+            return self.parse(body)
+        except (ValueError, KeyError, TypeError):
+            raise self.other_shape(label) from None
+
+    def _read(self, answer: Answer, label: str) -> str:
+        """Return the body of a success; HTTPError, and what the layers below raise."""
+        if not 200 <= answer.status < 300:  # the body is not read
+            reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
+            raise HTTPError(
+                self.mended(f"{label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
+                status=answer.status,
+                headline=f"{self.facts['server']} answered {answer.status}",
+                retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
+            )
+        body = bytearray()
+        # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
+        while len(body) <= self._limit and (piece := answer.read(65536)):
+            body += piece
+        if len(body) > self._limit or (answer.length or 0) > self._limit:
+            raise Failure("shape", "the answer is too large")
+        if answer.length:
+            raise http.client.IncompleteRead(b"")
         return body.decode()
 
-    def _explain(self, connection: Connection, exc: Exception) -> TransportError:
+    def _explain(self, exc: Exception, label: str, deadline: float) -> TransportError:
         """Return the operator's error for what went wrong."""
         key, text = next(((key, text) for types, key, text in FAILURES if isinstance(exc, types)), ("", ""))
-        if isinstance(exc, ssl.SSLCertVerificationError):
-            key, text = self._explain_certificate(exc, connection)
+        if isinstance(exc, Failure):
+            key, text = exc.args
+        elif isinstance(exc, ssl.SSLCertVerificationError):
+            key, text = self._explain_certificate(exc, deadline)
         elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             key, text = "plain", "no TLS there"
-        elif isinstance(exc, Failure):
-            key, text = exc.key, str(exc)
         elif isinstance(exc, OSError) and not text:
             text = exc.strerror or type(exc).__name__
-        text = self.mended(f"{connection.label}: {self._parts.netloc}{connection.via}: {text}", key)
+        via = f" (through the proxy {self._proxy[0]})" if self._proxy[0] else ""
+        text = self.mended(f"{label}: {self._parts.netloc}{via}: {text}", key)
         return TransportError(text, headline=f"{self.facts['server']} unreachable")
 
-    def _explain_certificate(self, exc: ssl.SSLCertVerificationError, connection: Connection) -> tuple[str, str]:
+    def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> tuple[str, str]:
         """Return key and text for a certificate that was refused."""
         try:
-            said, _ = self.read_certificate(connection.deadline, connection.route)
+            said, _ = self.read_certificate(deadline)
         except (OSError, ValueError, http.client.HTTPException, Failure):
             said = {}
         if exc.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
@@ -1118,8 +1067,9 @@ AnyJSON = TypeVar("AnyJSON", dict[str, object], list[object])
 
 
 class ProxmoxClient(Server):
-    """Reads one node, with GET only; each answer is narrowed to objects before it is handed out."""
+    """Reads one node, with GET only."""
 
+    misfit = "no answer of the Proxmox API"
     mends: Mapping[str, str] = {
         **MENDS,
         "401": "check proxmox.token_id and proxmox.token_secret; `pveum user token list {user}` shows the tokens and when they expire",
@@ -1133,16 +1083,13 @@ class ProxmoxClient(Server):
     }
 
     def __init__(self, config: ProxmoxConfig) -> None:
-        super().__init__(
-            f"{config.url.rstrip('/')}/api2/json",
-            f"PVEAPIToken={config.token_id}={config.token_secret}",
-            secret=config.token_secret,
-            timeout_seconds=config.timeout_seconds,
-            limit_bytes=MAX_PROXMOX_BYTES,
-            # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only
-            # that is waived: https://docs.python.org/3/library/ssl.html#ssl.create_default_context
-            context=build_context("proxmox", config.url, config.ca_file, fingerprint=config.fingerprint, strict=False),
-        )
+        # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only
+        # that is waived: https://docs.python.org/3/library/ssl.html#ssl.create_default_context
+        context = build_context("proxmox", config.url, config.ca_file, pinned=bool(config.fingerprint), strict=False)
+        url, authorization = f"{config.url.rstrip('/')}/api2/json", f"PVEAPIToken={config.token_id}={config.token_secret}"
+        limits = {"timeout_seconds": config.timeout_seconds, "limit_bytes": MAX_PROXMOX_BYTES}
+        super().__init__(url, authorization, context, secret=config.token_secret, **limits)
+        self.pin = config.fingerprint.replace(":", "").lower()
         self.node = config.node
         self.token_id = config.token_id
         self.user = config.token_id.partition("!")[0]
@@ -1162,26 +1109,25 @@ class ProxmoxClient(Server):
 
     def version(self) -> Mapping[str, object]:
         """Return `version` and more (`pvesh get /version`); needs no privilege."""
-        return parse_object(self._get("/version"))
+        return parse_object(self.fetch("/version"))
 
     def permissions(self) -> Mapping[str, object]:
         """Return path → privilege → 1 of this token (`pvesh get /access/permissions`); needs no privilege."""
-        return self._narrow("/access/permissions", self._get("/access/permissions"), dict)
+        return self._get("/access/permissions", dict)
 
     def nodes(self) -> list[Mapping[str, object]]:
         """Return an entry for each node of the cluster (`pvesh get /nodes`); `cpu` in it needs Sys.Audit."""
-        entries = self._objects("/nodes")
+        entries = [parse_object(entry) for entry in self._get("/nodes", list)]
         self.facts["nodes"] = clean(", ".join(sorted(str(entry.get("node")) for entry in entries)))
         return entries
 
     def node_status(self) -> Mapping[str, object]:
         """Return the node's figures (`pvesh get /nodes/NODE/status`); needs Sys.Audit on /nodes/NODE."""
-        path = f"/nodes/{self.node}/status"
-        return self._narrow(path, self._get(path), dict)
+        return self._get(f"/nodes/{self.node}/status", dict)
 
     def list_lxc(self) -> list[Mapping[str, object]]:
         """Return an entry for each container that the token may see (`pvesh get /nodes/NODE/lxc`); needs VM.Audit."""
-        return self._objects(f"/nodes/{self.node}/lxc")
+        return [parse_object(entry) for entry in self._get(f"/nodes/{self.node}/lxc", list)]
 
     def guest_config(self, vmid: int) -> Mapping[str, object]:
         """Return a container's configuration (`pvesh get /nodes/NODE/lxc/VMID/config --current 1`); needs VM.Audit on /vms/VMID."""
@@ -1195,12 +1141,8 @@ class ProxmoxClient(Server):
         # current=1: else changes that wait for the guest's next start are mixed in.
         paths = [f"/nodes/{self.node}/lxc/{vmid}/config?current=1" for vmid in vmids]
         in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
-        for number, answer in self.fetch_all(paths, in_flight):
-            path = paths[number]
-            try:
-                yield vmids[number], answer if isinstance(answer, AgentError) else self._narrow(path, self._unwrap(path, answer), dict)
-            except AgentError as exc:
-                yield vmids[number], exc
+        for number, said in self.run((self.exchange("GET", path) for path in paths), in_flight):
+            yield vmids[number], said if isinstance(said, dict | AgentError) else self.other_shape(f"GET {paths[number]}")
 
     def cause(self, status: int, reason: str) -> str:
         """Tell by status and reason phrase what is wrong, as measured on Proxmox's own daemons."""
@@ -1209,30 +1151,19 @@ class ProxmoxClient(Server):
             return "pvedaemon" if known or not self.facts["nodes"] else "node"
         return "pmxcfs" if status == 500 and "Unable to load access control list" in reason else super().cause(status, reason)
 
-    def misfit(self, path: str, what: str = "no answer of the Proxmox API") -> TransportError:
-        """Return the error for an answer in another shape than Proxmox's."""
-        return TransportError(self.mended(f"GET {path}: {what}", "shape"), headline="Proxmox answered nonsense")
+    def parse(self, body: str) -> object:
+        """Return `data` of an answer, as Server.parse says."""
+        if "\\u" in body or "\\/" in body:  # Proxmox writes neither; whoever does may hide a secret from the search below
+            body = json.dumps(parse_json(body))
+        for form in self._echoes:  # a secret that comes back goes no further
+            body = body.replace(form, "***")
+        return cast("Any", parse_json(body))["data"]
 
-    def _get(self, path: str) -> object:
-        return self._unwrap(path, self.fetch(path))
-
-    def _objects(self, path: str) -> list[Mapping[str, object]]:
-        return [self._narrow(path, entry, dict) for entry in self._narrow(path, self._get(path), list)]
-
-    def _unwrap(self, path: str, body: str) -> object:
-        try:
-            if "\\u" in body or "\\/" in body:  # Proxmox writes neither; whoever does may hide a secret from the search below
-                body = json.dumps(parse_json(body))
-            for form in self._echoes:  # a secret that comes back goes no further
-                body = body.replace(form, "***")
-            return self._narrow(path, parse_json(body), dict)["data"]
-        except (ValueError, KeyError):
-            raise self.misfit(path) from None
-
-    def _narrow(self, path: str, value: object, kind: type[AnyJSON]) -> AnyJSON:
-        if not isinstance(value, kind):
-            raise self.misfit(path)
-        return value
+    def _get(self, path: str, kind: type[AnyJSON]) -> AnyJSON:
+        said = self.fetch(path)
+        if not isinstance(said, kind):
+            raise self.other_shape(f"GET {path}")
+        return said
 
 
 def diagnose_token(permissions: Mapping[str, object], token_id: str, node: str) -> tuple[bool, list[str]]:
@@ -1470,10 +1401,10 @@ class Collector:
         for entry in self.proxmox.list_lxc():
             vmid = parse_integer(entry.get("vmid"), 100, 999_999_999)
             if vmid is None:  # to leave it out would claim that it does not exist
-                raise self.proxmox.misfit(path, "a guest without a vmid")
+                raise self.proxmox.other_shape(f"GET {path}", "a guest without a vmid")
             listed.setdefault(vmid, entry)
         if len(listed) > MAX_GUESTS:
-            raise self.proxmox.misfit(path, f"more than {MAX_GUESTS} guests")
+            raise self.proxmox.other_shape(f"GET {path}", f"more than {MAX_GUESTS} guests")
         # Proxmox leaves out what the token may not see and says nothing, so an empty list alone does not mean no guests.
         if not listed and not self._diagnose():
             text = f"GET {path}: an empty list, and the token is not known to have VM.Audit on /vms; {GRANT.format(user=self.proxmox.user)}"
@@ -1514,6 +1445,7 @@ class Collector:
 class HubClient(Server):
     """Posts reports."""
 
+    misfit = "no envelope"
     mends: Mapping[str, str] = {
         **MENDS,
         "401": "check hub.api_key",
@@ -1523,14 +1455,9 @@ class HubClient(Server):
     }
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
-        super().__init__(
-            config.url.rstrip("/"),
-            f"Bearer {config.api_key}",
-            secret=config.api_key,
-            timeout_seconds=config.timeout_seconds,
-            limit_bytes=MAX_ENVELOPE_BYTES,
-            context=build_context("hub", config.url, config.ca_file),
-        )
+        context = build_context("hub", config.url, config.ca_file)
+        limits = {"timeout_seconds": config.timeout_seconds, "limit_bytes": MAX_ENVELOPE_BYTES}
+        super().__init__(config.url.rstrip("/"), f"Bearer {config.api_key}", context, secret=config.api_key, **limits)
         self.facts |= {"section": "hub", "server": "hub", "daemon": "the hub"}
         if not is_loopback(self._parts.hostname):
             self.opener.add_handler(urllib.request.ProxyHandler())
@@ -1539,13 +1466,9 @@ class HubClient(Server):
 
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's answer; TransportError, HTTPError."""
-        body = self.fetch("/api/v1/host-report", report.to_json().encode())
-        try:
-            document = parse_json(body) if body.strip() else {}
-        except ValueError:
-            document = None
+        document = self.fetch("/api/v1/host-report", report.to_json().encode())
         if not isinstance(document, dict):
-            raise TransportError(self.mended("POST /api/v1/host-report: no envelope", "shape"), headline="hub answered nonsense")
+            raise self.other_shape("POST /api/v1/host-report")
         wish = document.get("poll_interval_seconds")
         seconds = parse_whole(wish)
         if seconds is None and "poll_interval_seconds" in document:
@@ -1561,6 +1484,10 @@ class HubClient(Server):
         )
         self._logger.debug("%s", envelope)
         return envelope
+
+    def parse(self, body: str) -> object:
+        """Return the answer's JSON, of an empty one an envelope without a wish; else as Server.parse."""
+        return parse_json(body) if body.strip() else {}
 
 
 # ---- loop -------------------------------------------------------------------------------------------------------------------

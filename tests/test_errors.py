@@ -105,8 +105,8 @@ def test_secret_is_replaced_wherever_it_stands(before: str, after: str, secret: 
     ],
 )
 def test_asking_again_helps_after_these_statuses(status: int, retryable: bool, retry_after: float | None) -> None:
-    error = HTTPError(f"GET /: {status}", status=status, reason="R", headline="H", retry_after=7.0)
-    assert (error.status, error.reason, error.headline, str(error)) == (status, "R", "H", f"GET /: {status}")
+    error = HTTPError(f"GET /: {status}", status=status, headline="H", retry_after=7.0)
+    assert (error.status, error.headline, str(error)) == (status, "H", f"GET /: {status}")
     assert (error.retryable, error.retry_after) == (retryable, retry_after)
 
 
