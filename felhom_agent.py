@@ -43,7 +43,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypeVar, cast
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -107,6 +107,11 @@ class ConfigError(Exception):
         super().__init__("\n".join(f"config: {problem}" for problem in problems))
 
 
+def explain(exc: Exception) -> tuple[str, Exception | None]:
+    """Return what to say of `exc`; a fault of our own comes with itself, for its traceback."""
+    return (str(exc), None) if isinstance(exc, AgentError) else (f"a fault of the agent, please report it: {type(exc).__name__}", exc)
+
+
 def clean(text: str, secrets: Iterable[str] = (), limit: int = 300) -> str:
     """Return `text` fit for a log line: secrets replaced, control characters escaped, cut at `limit` characters."""
     for form in secrets:
@@ -132,18 +137,17 @@ class Changes:
         self._logger = logger
         self._told: dict[str, str] = {}
 
-    def wrong(self, topic: str, text: str, bug: Exception | None = None) -> None:
-        """Warn of `text`, with the traceback of a `bug`, unless it is what was last said of `topic`."""
-        again = self._told.get(topic) == text
-        if len(self._told) > 100:  # some topics hold a number that the hub has sent
-            self._told.clear()
-        self._told[topic] = text
-        self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", text, exc_info=None if again else bug)
-
-    def right(self, topic: str, text: str) -> None:
-        """Say `text` if something was wrong with `topic`."""
-        if self._told.pop(topic, None) is not None:
-            self._logger.info("%s", text)
+    def tell(self, topic: str, wrong: str, right: str = "", bug: Exception | None = None) -> None:
+        """Warn of what is `wrong`, with the traceback of a `bug`; say that it is `right` where nothing is wrong any more."""
+        before = self._told.pop(topic, "")
+        if wrong:
+            if len(self._told) > 100:  # some topics hold a number that the hub has sent
+                self._told.clear()
+            self._told[topic] = wrong
+            again = before == wrong
+            self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", wrong, exc_info=None if again else bug)
+        elif before:
+            self._logger.info("%s", right)
 
 
 # ---- configuration ----------------------------------------------------------------------------------------------------------
@@ -220,17 +224,42 @@ class Section:
 
     section: ClassVar[str]
 
-    def validate(self) -> list[str]:
-        """Return every problem, as `section.key: what is wrong`."""
-        checked = ((item.name, item.metadata["check"](getattr(self, item.name))) for item in dataclasses.fields(self))
-        return [f"{self.section}.{key}: {problem}" for key, problem in checked if problem]
+    @classmethod
+    def load(cls, document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: list[str]) -> Self:
+        """Return the section from the file's document and the environment; a value of a wrong type goes to `problems`."""
+        given = document.get(cls.section, {})
+        if not isinstance(given, dict):
+            problems.append(f"{cls.section}: must be an object")
+            given = {}
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            value = given.pop(item.name, item.default)
+            kind: type[str] | type[int] = type(item.default)  # type: ignore[assignment]
+            variable = f"FELHOM_AGENT_{cls.section}_{item.name}".upper()
+            overlay = environ.get(variable)
+            if overlay and (kind is str or re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", overlay)):
+                value = kind(overlay)
+            elif overlay:
+                LOG.warning("config: %s is not an integer and is ignored", variable)
+            if type(value) is not kind:  # a boolean is no integer
+                problems.append(f"{cls.section}.{item.name}: must be {'a string' if kind is str else 'an integer'}")
+                value = item.default
+            values[item.name] = value
+        for key in given:
+            LOG.warning("config: unknown key %s.%s is ignored", cls.section, clean(key))
+        if values.get("ca_file"):
+            values["ca_file"] = os.path.join(os.path.dirname(os.path.abspath(file)), values["ca_file"])
+        return cls(**values)
+
+    def validate(self) -> dict[str, str]:
+        """Return what is wrong, by key."""
+        checked = {item.name: item.metadata["check"](getattr(self, item.name)) for item in dataclasses.fields(self)}
+        return {key: problem for key, problem in checked.items() if problem}
 
     def redacted(self) -> dict[str, object]:
-        """Return the keys and values, a secret as "***"."""
-        shown = ((item, getattr(self, item.name)) for item in dataclasses.fields(self))
-        # A text that its check refuses may be a secret in the wrong place.
-        hidden = ((item, value, not item.repr or (isinstance(value, str) and item.metadata["check"](value))) for item, value in shown)
-        return {item.name: "***" if value and hide else value for item, value, hide in hidden}
+        """Return the keys and values, as "***" a secret, and what is refused: it may be a secret in the wrong place."""
+        hidden = {item.name for item in dataclasses.fields(self) if not item.repr} | self.validate().keys()
+        return {key: "***" if value and key in hidden else value for key, value in dataclasses.asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +322,8 @@ class Config:
 
     def validate(self, *, hub: bool = True) -> None:
         """Raise ConfigError with every problem at once; without `hub` that section is not looked at."""
-        found = [*self.problems, *self.proxmox.validate(), *self.hub.validate(), *self.cloudflared.validate()]
+        parts = (self.proxmox, self.hub, self.cloudflared)
+        found = [*self.problems, *(f"{part.section}.{key}: {problem}" for part in parts for key, problem in part.validate().items())]
         if found := [problem for problem in found if hub or not problem.startswith(("hub.", "hub:"))]:
             raise ConfigError(*found)
 
@@ -310,39 +340,6 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"duplicate key {clean(key)}")
         document[key] = value
     return document
-
-
-AnySection = TypeVar("AnySection", bound=Section)
-
-
-def load_section(
-    kind: type[AnySection], document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: list[str]
-) -> AnySection:
-    """Return a section from the file's document and the environment; a value of a wrong type goes to `problems`."""
-    given = document.get(kind.section, {})
-    if not isinstance(given, dict):
-        problems.append(f"{kind.section}: must be an object")
-        given = {}
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        value = given.pop(item.name, item.default)
-        variable = f"FELHOM_AGENT_{kind.section}_{item.name}".upper()
-        overlay = environ.get(variable, "")
-        if overlay and isinstance(item.default, str):
-            value = overlay
-        elif overlay and re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", overlay):
-            value = int(overlay)
-        elif overlay:
-            LOG.warning("config: %s is not an integer and is ignored", variable)
-        if type(value) is not type(item.default):  # a boolean is no integer
-            problems.append(f"{kind.section}.{item.name}: must be {'a string' if isinstance(item.default, str) else 'an integer'}")
-            value = item.default
-        values[item.name] = value
-    for key in given:
-        LOG.warning("config: unknown key %s.%s is ignored", kind.section, clean(key))
-    if values.get("ca_file"):
-        values["ca_file"] = os.path.join(os.path.dirname(os.path.abspath(file)), values["ca_file"])
-    return kind(**values)
 
 
 def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
@@ -370,13 +367,13 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
     for key in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
         LOG.warning("config: unknown key %s is ignored", clean(key))
     problems = [] if isinstance(document.get("authz", {}), dict) else ["authz: must be an object"]
-    hub = load_section(HubConfig, document, environ, file, problems)
+    hub = HubConfig.load(document, environ, file, problems)
     if hub.poll_seconds != clamp_poll(hub.poll_seconds):
         LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", hub.poll_seconds, clamp_poll(hub.poll_seconds))
     return Config(
-        proxmox=load_section(ProxmoxConfig, document, environ, file, problems).with_defaults(),
+        proxmox=ProxmoxConfig.load(document, environ, file, problems).with_defaults(),
         hub=hub.with_defaults(),
-        cloudflared=load_section(CloudflaredConfig, document, environ, file, problems),
+        cloudflared=CloudflaredConfig.load(document, environ, file, problems),
         problems=tuple(problems),
     )
 
@@ -1227,11 +1224,9 @@ class SystemctlProber:
             said, why = self._ask().decode("ascii", "replace").strip(), "says nothing that can be used"
         except (OSError, ValueError, subprocess.SubprocessError) as exc:
             said, why = "", getattr(exc, "strerror", None) or type(exc).__name__
-        if re.fullmatch(r"[a-z-]{2,20}", said):
-            self._changes.right("prober", f"{' '.join(self._command)}: answers again")
-            return said
-        self._changes.wrong("prober", f"{' '.join(self._command)}: {why}; cloudflared.status is unknown")
-        return "unknown"
+        known, command = re.fullmatch(r"[a-z-]{2,20}", said), " ".join(self._command)
+        self._changes.tell("", "" if known else f"{command}: {why}; cloudflared.status is unknown", f"{command}: answers again")
+        return said if known else "unknown"
 
     def _ask(self) -> bytes:
         """Return what the child prints, at most 256 bytes; OSError, TimeoutError after PROBE_SECONDS."""
@@ -1301,22 +1296,16 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, waiting half a second at most, and not again until something has been written."""
-        text = self.format(record)
-        try:
-            descriptor = sys.stderr.fileno()
-        except AttributeError:  # it was closed when we started
-            return
-        except (OSError, ValueError):  # it is no file
-            sys.stderr.write(text)
+        if sys.stderr is None:  # it was closed when we started, and its descriptor may be another file's by now
             return
         with contextlib.suppress(OSError):
             poller = select.poll()
-            poller.register(descriptor, select.POLLOUT)
-            for line in text.encode("utf-8", "backslashreplace").splitlines(keepends=True):
+            poller.register(2, select.POLLOUT)
+            for line in self.format(record).encode("utf-8", "backslashreplace").splitlines(keepends=True):
                 if not poller.poll(self.patience_ms):
                     self.patience_ms = 0
                     return
-                os.write(descriptor, line if len(line) <= 4096 else line[:4095] + b"\n")  # a pipe that is writable takes that much
+                os.write(2, line if len(line) <= 4096 else line[:4095] + b"\n")  # a pipe that is writable takes that much
             self.patience_ms = 500
 
 
@@ -1348,11 +1337,11 @@ class Collector:
     def collect(self) -> HostReport:
         """Return the report; AgentError where node status or guest list cannot be read, for then there is nothing true to say."""
         with self.proxmox.cycle():
-            nodes_error = None
+            nodes, lack = [], ""
             try:
                 nodes = self.proxmox.nodes()
             except AgentError as exc:
-                nodes, nodes_error = [], exc
+                lack = f"cpu_usage is unknown: {exc}"
             try:
                 status = self.proxmox.node_status()
                 listed = self._list_guests()
@@ -1364,10 +1353,7 @@ class Collector:
                 self._diagnose()
             host = build_host(self.proxmox.node, status, nodes)
             guests = self._read_guests(listed, host.cpu_count)
-        if nodes_error is not None:  # said only now: where nothing can be read, one line is enough
-            self._changes.wrong("nodes", f"cpu_usage is unknown: {nodes_error}")
-        else:
-            self._changes.right("nodes", "cpu_usage can be read again")
+        self._changes.tell("nodes", lack, "cpu_usage can be read again")  # only now: where nothing can be read, one line is enough
         cloudflared = Cloudflared(status=self._probe())
         reported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return HostReport(
@@ -1384,14 +1370,11 @@ class Collector:
         try:
             permissions = self.proxmox.permissions()
         except AgentError as exc:
-            self._changes.wrong("rights", f"the token's rights are not known: {exc}")
+            self._changes.tell("rights", f"the token's rights are not known: {exc}")
             return False
         sees_all, wrong = diagnose_token(permissions, self.proxmox.token_id, self.proxmox.node)
         self._diagnosed = True
-        if wrong:
-            self._changes.wrong("rights", " | ".join(wrong))
-        else:
-            self._changes.right("rights", "the token's rights are as they should be")
+        self._changes.tell("rights", " | ".join(wrong), "the token's rights are as they should be")
         return sees_all
 
     def _list_guests(self) -> dict[int, Mapping[str, object]]:
@@ -1420,22 +1403,20 @@ class Collector:
                 failed[vmid] = str(config)
                 refused = refused or (isinstance(config, HTTPError) and config.status == 403)
             guests[vmid] = build_guest(vmid, listed[vmid], None if isinstance(config, AgentError) else config, cpu_count)
-        if failed:
-            named = ", ".join(str(vmid) for vmid in sorted(failed)[:10]) + (", …" if len(failed) > 10 else "")
-            self._changes.wrong("guests", f"{len(failed)} of {len(listed)} guests are unknown ({named}): {failed[min(failed)]}")
-        else:
-            self._changes.right("guests", "all guests can be read again")
+        named = ", ".join(str(vmid) for vmid in sorted(failed)[:10]) + (", …" if len(failed) > 10 else "")
+        lack = f"{len(failed)} of {len(listed)} guests are unknown ({named}): {failed[min(failed)]}" if failed else ""
+        self._changes.tell("guests", lack, "all guests can be read again")
         if refused:
             self._diagnose()
         return tuple(guests[vmid] for vmid in listed)
 
     def _probe(self) -> str:
+        status, lack, bug = "unknown", "", None
         try:
             status = self._cloudflared.probe()
         except Exception as exc:  # a prober is handed in, and whatever is wrong with it is no reason to be silent
-            self._changes.wrong("prober", f"cloudflared.status is unknown: {type(exc).__name__}", exc)
-            return "unknown"
-        self._changes.right("prober", "cloudflared.status can be read again")
+            lack, bug = f"cloudflared.status is unknown: {type(exc).__name__}", exc
+        self._changes.tell("prober", lack, "cloudflared.status can be read again", bug)
         return status
 
 
@@ -1471,11 +1452,9 @@ class HubClient(Server):
             raise self.other_shape("POST /api/v1/host-report")
         wish = document.get("poll_interval_seconds")
         seconds = parse_whole(wish)
-        if seconds is None and "poll_interval_seconds" in document:
-            shown = clean(json.dumps(wish), self.secrets, 40)
-            self._changes.wrong("interval", f"the hub's poll_interval_seconds is no whole number and is ignored: {shown}")
-        else:
-            self._changes.right("interval", "the hub's poll_interval_seconds is as it should be")
+        ignored = seconds is None and "poll_interval_seconds" in document
+        wrong = f"the hub's poll_interval_seconds is no whole number and is ignored: {clean(json.dumps(wish), self.secrets, 40)}"
+        self._changes.tell("interval", wrong if ignored else "", "the hub's poll_interval_seconds is as it should be")
         envelope = ControlEnvelope(
             poll_interval_seconds=seconds,
             blocked=parse_flag(document.get("blocked")),
@@ -1556,25 +1535,18 @@ class Loop:
             report = self._collector.collect()
             self._adopt(self._client.report(report))
         except Exception as exc:  # faults of our own too: the next cycle may do better, an agent that has ended never will
-            return exc, self._failed(exc, started)
-        if self._failures:
-            lasted = self._clock() - self._failing_since[0]
-            self._changes.right("cycle", f"report accepted again, after {count_tries(self._failures)} that failed in {lasted:.0f} s")
-            self._failures = 0
+            if not self._failures:
+                self._failing_since = (started, time.strftime("%H:%M"))
+            self._failures += 1
+            text, bug = explain(exc)
+            self._changes.tell("cycle", text, bug=bug)
+            headline = exc.headline if isinstance(exc, AgentError) else "fault of the agent"
+            return exc, f"{headline} since {self._failing_since[1]}, {count_tries(self._failures)}"
+        lasted = self._clock() - self._failing_since[0]
+        self._changes.tell("cycle", "", f"report accepted again, after {count_tries(self._failures)} that failed in {lasted:.0f} s")
+        self._failures = 0
         self._logger.debug("report accepted, %d guests", len(report.guests))
         return None, f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
-
-    def _failed(self, exc: Exception, started: float) -> str:
-        if not self._failures:
-            self._failing_since = (started, time.strftime("%H:%M"))
-        self._failures += 1
-        if isinstance(exc, AgentError):
-            headline = exc.headline
-            self._changes.wrong("cycle", str(exc))
-        else:
-            headline = "fault of the agent"
-            self._changes.wrong("cycle", f"a fault of the agent, please report it: {type(exc).__name__}", exc)
-        return f"{headline} since {self._failing_since[1]}, {count_tries(self._failures)}"
 
     def _adopt(self, envelope: ControlEnvelope) -> None:
         wish = envelope.poll_interval_seconds
@@ -1582,7 +1554,7 @@ class Loop:
             return
         interval = clamp_poll(wish)
         if interval != wish:
-            self._changes.wrong(f"clamp {wish}", f"the hub asks for {wish} s, using {interval} s")
+            self._changes.tell(f"clamp {wish}", f"the hub asks for {wish} s, using {interval} s")
         if interval != self.interval:
             self._logger.info("interval %d s adopted, it was %d s", interval, self.interval)
             self.interval = interval
@@ -1642,9 +1614,8 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
     except Exception as exc:  # a fault of our own is logged too: the log hides secrets, Python's own traceback does not
-        known = isinstance(exc, AgentError)
-        LOG.error("%s", exc if known else "a fault of the agent, please report it", exc_info=None if known else exc)
-        result["error"] = str(exc) if known else type(exc).__name__
+        result["error"], bug = explain(exc)
+        LOG.error("%s", result["error"], exc_info=bug)
     except KeyboardInterrupt:
         return 130
     if "report" in result:

@@ -535,7 +535,7 @@ class Broken:
         raise ZeroDivisionError("hunter2hunter2")
 
 
-def test_fault_of_the_agent_in_a_selftest_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_of_the_agent_in_a_selftest_shows_no_secret(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     formatter = felhom_agent.LineFormatter(journal=False)
     formatter.secrets = felhom_agent.secret_forms("hunter2hunter2")
     handler = felhom_agent.StderrHandler()
@@ -543,7 +543,7 @@ def test_fault_of_the_agent_in_a_selftest_shows_no_secret(capsys: pytest.Capture
     monkeypatch.setattr(felhom_agent.LOG, "handlers", [handler])
     hub = felhom_agent.HubClient(felhom_agent.HubConfig(url="http://127.0.0.1:1", api_key="a-key"), logger=felhom_agent.LOG)
     assert felhom_agent.selftest(cast(felhom_agent.Collector, Broken()), hub) == 1
-    shown = capsys.readouterr()
+    shown = capfd.readouterr()
     assert shown.out == ""
     assert "ZeroDivisionError: ***" in shown.err
     assert "hunter2" not in shown.err

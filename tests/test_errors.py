@@ -147,45 +147,45 @@ def told(caplog: pytest.LogCaptureFixture) -> Told:
 
 def test_what_stays_wrong_warns_once(told: Told) -> None:
     for _ in range(3):
-        told.changes.wrong("cycle", "refused")
+        told.changes.tell("cycle", "refused")
     assert told.lines() == [("WARNING", "refused"), ("DEBUG", "refused"), ("DEBUG", "refused")]
 
 
 def test_what_goes_wrong_in_another_way_warns_again(told: Told) -> None:
     for text in ("refused", "timed out", "refused"):
-        told.changes.wrong("cycle", text)
+        told.changes.tell("cycle", text)
     assert told.lines() == [("WARNING", "refused"), ("WARNING", "timed out"), ("WARNING", "refused")]
 
 
 def test_topics_do_not_hide_each_other(told: Told) -> None:
-    told.changes.wrong("nodes", "refused")
-    told.changes.wrong("cycle", "refused")
-    told.changes.right("nodes", "nodes again")
+    told.changes.tell("nodes", "refused")
+    told.changes.tell("cycle", "refused")
+    told.changes.tell("nodes", "", "nodes again")
     assert told.lines() == [("WARNING", "refused"), ("WARNING", "refused"), ("INFO", "nodes again")]
 
 
 def test_end_is_told_once_and_only_after_a_beginning(told: Told) -> None:
-    told.changes.right("cycle", "again")
+    told.changes.tell("cycle", "", "again")
     assert told.lines() == []
-    told.changes.wrong("cycle", "refused")
-    told.changes.right("cycle", "again")
-    told.changes.right("cycle", "again")
+    told.changes.tell("cycle", "refused")
+    told.changes.tell("cycle", "", "again")
+    told.changes.tell("cycle", "", "again")
     assert told.lines() == [("WARNING", "refused"), ("INFO", "again")]
-    told.changes.wrong("cycle", "refused")
+    told.changes.tell("cycle", "refused")
     assert told.lines() == [("WARNING", "refused")]
 
 
 def test_traceback_of_a_fault_is_shown_once(told: Told, caplog: pytest.LogCaptureFixture) -> None:
     bug = ValueError("of our own")
-    told.changes.wrong("cycle", "a fault", bug)
-    told.changes.wrong("cycle", "a fault", bug)
+    told.changes.tell("cycle", "a fault", bug=bug)
+    told.changes.tell("cycle", "a fault", bug=bug)
     shown = [record.exc_info[1] if record.exc_info else None for record in caplog.records]
     assert shown == [bug, None]
 
 
 def test_percent_signs_in_a_text_are_no_format(told: Told) -> None:
-    told.changes.wrong("cycle", "100 %s full")
-    told.changes.right("cycle", "100 %d fine")
+    told.changes.tell("cycle", "100 %s full")
+    told.changes.tell("cycle", "", "100 %d fine")
     assert told.lines() == [("WARNING", "100 %s full"), ("INFO", "100 %d fine")]
 
 

@@ -236,7 +236,7 @@ class Faulty(agent.Collector):
         raise ZeroDivisionError(f"division by\n{faults.TOKEN_SECRET}\x1b[31m")
 
 
-def test_own_bug_is_told_once_without_secrets_and_ends_nothing(node: lab.SimulatedNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_bug_is_told_once_without_secrets_and_ends_nothing(node: lab.SimulatedNode, capfd: pytest.CaptureFixture[str]) -> None:
     logger = logging.Logger("bug")  # noqa: LOG001  # it ends with the test
     formatter, handler = agent.LineFormatter(journal=False), agent.StderrHandler()
     formatter.secrets = agent.secret_forms(faults.TOKEN_SECRET)
@@ -246,7 +246,7 @@ def test_own_bug_is_told_once_without_secrets_and_ends_nothing(node: lab.Simulat
     waits: list[float] = []
     client = agent.HubClient(hub_config(lab.SimulatedHub(None)), logger=logger)
     agent.Loop(collector, client, 900, logger=logger, wait=waits.append).run(3)
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert len(waits) == 3
     assert said.count("Traceback") == said.count("ZeroDivisionError: ") == 1
     assert "***\\x1b[31m" in said

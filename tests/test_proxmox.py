@@ -227,7 +227,7 @@ def test_token_is_judged_as_proxmox_does(permissions: Mapping[str, object], sees
     ("days", "warns"), [pytest.param(13, True, id="13-days"), pytest.param(15, False, id="15-days"), pytest.param(730, False, id="new")]
 )
 def test_selftest_shows_the_certificate_and_warns_before_it_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, days: int, warns: bool
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, days: int, warns: bool
 ) -> None:
     for name in ("JOURNAL_STREAM", "CREDENTIALS_DIRECTORY"):
         monkeypatch.delenv(name, raising=False)
@@ -238,7 +238,7 @@ def test_selftest_shows_the_certificate_and_warns_before_it_ends(
         path.touch(mode=0o600)
         path.write_text(json.dumps({"proxmox": lab.configuration(node, lab.SimulatedHub(None))["proxmox"]}))
         assert agent.main(["--config", str(path), "--selftest=proxmox"]) == 0
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert json.loads(captured.out)["guests"] == []
     assert "Proxmox VE 9.2.11 at" in captured.err
     assert re.search(

@@ -366,10 +366,3 @@ def test_log_that_cannot_be_written_ends_nothing(where: str, stderr: Callable[[i
 def test_no_standard_error_at_all_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     handler().emit(record(logging.INFO, "lost"))
-
-
-def test_standard_error_that_is_no_file_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    handler().emit(record(logging.INFO, "it is so"))
-    assert stream.getvalue() == "<6>it is so\n"
