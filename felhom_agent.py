@@ -681,18 +681,16 @@ def parse_retry_after(value: str, now: float) -> float | None:
         return None
 
 
-def build_context(section: str, url: str, ca_file: str, *, pinned: bool = False, strict: bool = True) -> ssl.SSLContext | None:
-    """Return what checks the server's certificate: chain and host name; None for http; ConfigError."""
-    if not is_https(url):
+def build_context(config: ProxmoxConfig | HubConfig, *, pinned: bool, strict: bool) -> ssl.SSLContext | None:
+    """Return what checks the server's certificate, chain and host name; None for http; ConfigError."""
+    if not is_https(config.url):
         return None
-    if pinned:  # nothing here: Server compares the fingerprint, which is stricter
-        context = trust_all()
-    else:
-        try:
-            # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
-            context = ssl.create_default_context(cadata=read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file else None)
-        except (OSError, ValueError) as exc:
-            raise ConfigError(f"{section}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
+    try:
+        # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
+        roots = read_file(config.ca_file)[0].decode("ascii", "ignore") + "\n" if config.ca_file and not pinned else None
+        context = trust_all() if pinned else ssl.create_default_context(cadata=roots)  # Server compares the fingerprint, which is stricter
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{config.section}.ca_file: {clean(config.ca_file)}: {explain_file(exc)}") from exc
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not strict:
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -822,19 +820,20 @@ class Server(urllib.request.BaseHandler):
     installed, so nothing follows a redirect, opens a file or asks for a password.
     """
 
+    name = daemon = misfit = ""  # what it is called, what serves there, and what an answer of another shape is not
     mends: Mapping[str, str] = MENDS
-    misfit = "no answer of this server"
+    limit_bytes = 0
+    strict = True  # of the check of certificates, as ssl.VERIFY_X509_STRICT
 
-    def __init__(
-        self, url: str, authorization: str, context: ssl.SSLContext | None, *, secret: str, timeout_seconds: int, limit_bytes: int
-    ) -> None:
-        self.url = url
+    def __init__(self, config: ProxmoxConfig | HubConfig, authorization: str, secret: str, *, path: str = "", pin: str = "") -> None:
+        self.url = config.url.rstrip("/") + path
         self.ends = math.inf  # of the cycle; outside of one no connection is kept
-        self.facts: dict[str, str] = {}  # what stands for the names in `mends`
+        self.facts = {"section": config.section, "server": self.name, "daemon": self.daemon}  # what stands for the names in `mends`
         self.secrets = secret_forms(secret)
-        self.pin = ""  # SHA-256 of the only certificate that is accepted, whoever signed it and whatever name it bears
-        self._parts = urllib.parse.urlsplit(url)
-        self._context, self._timeout, self._limit = context, timeout_seconds, limit_bytes
+        self._parts = urllib.parse.urlsplit(self.url)
+        self._timeout = config.timeout_seconds
+        self._context = build_context(config, pinned=bool(pin), strict=self.strict)
+        self._pin = pin  # SHA-256 of the only certificate that is accepted, whoever signed it and whatever name it bears
         self._header = (
             f"Host: {self._parts.netloc}\r\nAuthorization: {authorization}\r\nUser-Agent: felhom-agent/{__version__}\r\n"
             "Accept: application/json\r\nAccept-Encoding: identity\r\n"
@@ -951,7 +950,7 @@ class Server(urllib.request.BaseHandler):
 
     def other_shape(self, label: str, text: str = "") -> TransportError:
         """Return the error for an answer that this server would not have given."""
-        return TransportError(self.mended(f"{label}: {text or self.misfit}", "shape"), headline=f"{self.facts['server']} answered nonsense")
+        return TransportError(self.mended(f"{label}: {text or self.misfit}", "shape"), headline=f"{self.name} answered nonsense")
 
     def _take_idle(self) -> socket.socket | None:
         while self._idle:
@@ -980,7 +979,7 @@ class Server(urllib.request.BaseHandler):
                 sock = tls
                 sock.settimeout(seconds_left(deadline))  # which bounds a handshake as a whole
                 tls.do_handshake()
-                if self.pin and context is None and hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest() != self.pin:
+                if self._pin and context is None and hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest() != self._pin:
                     raise Failure("fingerprint", "the certificate is not the pinned one")
         except BaseException:
             sock.close()
@@ -991,7 +990,7 @@ class Server(urllib.request.BaseHandler):
         """Send the question, yield until the answer has begun, and read it; the connection is kept after a success alone."""
         try:
             send(sock, data, deadline)
-            incoming = Incoming(sock, deadline, self._limit + MAX_HEADER_BYTES)
+            incoming = Incoming(sock, deadline, self.limit_bytes + MAX_HEADER_BYTES)
             with Answer(incoming) as answer:  # type: ignore[arg-type]  # makefile is all it asks of a socket
                 while not incoming.begun:
                     yield sock, deadline
@@ -1017,14 +1016,14 @@ class Server(urllib.request.BaseHandler):
             raise HTTPError(
                 self.mended(f"{label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
                 status=answer.status,
-                headline=f"{self.facts['server']} answered {answer.status}",
+                headline=f"{self.name} answered {answer.status}",
                 retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
             )
         body = bytearray()
         # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
-        while len(body) <= self._limit and (piece := answer.read(65536)):
+        while len(body) <= self.limit_bytes and (piece := answer.read(65536)):
             body += piece
-        if len(body) > self._limit or (answer.length or 0) > self._limit:
+        if len(body) > self.limit_bytes or (answer.length or 0) > self.limit_bytes:
             raise Failure("shape", "the answer is too large")
         if answer.length:
             raise http.client.IncompleteRead(b"")
@@ -1043,7 +1042,7 @@ class Server(urllib.request.BaseHandler):
             text = exc.strerror or type(exc).__name__
         via = f" (through the proxy {self._proxy[0]})" if self._proxy[0] else ""
         text = self.mended(f"{label}: {self._parts.netloc}{via}: {text}", key)
-        return TransportError(text, headline=f"{self.facts['server']} unreachable")
+        return TransportError(text, headline=f"{self.name} unreachable")
 
     def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> tuple[str, str]:
         """Return key and text for a certificate that was refused."""
@@ -1066,7 +1065,10 @@ AnyJSON = TypeVar("AnyJSON", dict[str, object], list[object])
 class ProxmoxClient(Server):
     """Reads one node, with GET only."""
 
-    misfit = "no answer of the Proxmox API"
+    name, daemon, misfit, limit_bytes = "Proxmox", "pveproxy", "no answer of the Proxmox API", MAX_PROXMOX_BYTES
+    # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only that is
+    # waived: https://docs.python.org/3/library/ssl.html#ssl.create_default_context
+    strict = False
     mends: Mapping[str, str] = {
         **MENDS,
         "401": "check proxmox.token_id and proxmox.token_secret; `pveum user token list {user}` shows the tokens and when they expire",
@@ -1080,18 +1082,14 @@ class ProxmoxClient(Server):
     }
 
     def __init__(self, config: ProxmoxConfig) -> None:
-        # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only
-        # that is waived: https://docs.python.org/3/library/ssl.html#ssl.create_default_context
-        context = build_context("proxmox", config.url, config.ca_file, pinned=bool(config.fingerprint), strict=False)
-        url, authorization = f"{config.url.rstrip('/')}/api2/json", f"PVEAPIToken={config.token_id}={config.token_secret}"
-        limits = {"timeout_seconds": config.timeout_seconds, "limit_bytes": MAX_PROXMOX_BYTES}
-        super().__init__(url, authorization, context, secret=config.token_secret, **limits)
-        self.pin = config.fingerprint.replace(":", "").lower()
+        authorization = f"PVEAPIToken={config.token_id}={config.token_secret}"
+        pin = config.fingerprint.replace(":", "").lower()
+        super().__init__(config, authorization, config.token_secret, path="/api2/json", pin=pin)
         self.node = config.node
         self.token_id = config.token_id
         self.user = config.token_id.partition("!")[0]
         self.collect_seconds = COLLECT_TIMEOUTS * config.timeout_seconds
-        self.facts |= {"section": "proxmox", "server": "Proxmox", "daemon": "pveproxy", "user": self.user, "node": self.node, "nodes": ""}
+        self.facts |= {"user": self.user, "node": self.node, "nodes": ""}
         self._echoes = [form for form in self.secrets if len(form) > 7]  # shorter ones would match by chance
 
     @contextlib.contextmanager
@@ -1273,20 +1271,18 @@ class LineFormatter(logging.Formatter):
     """Lines that nobody else can forge: secrets replaced, control characters escaped, all after the first indented."""
 
     def __init__(self, *, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
+        super().__init__()
         self.journal = journal
         self.secrets: tuple[str, ...] = ()
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the standard library's name
-        """Return the first line."""
-        return clean(super().formatMessage(record), self.secrets, 2000)
-
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as lines, for the journal with their priority in front (sd-daemon(3))."""
-        first, *more = super().format(record).split("\n")
-        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
-        prefix = f"<{priority}>" if self.journal else ""
-        return "".join(f"{prefix}{line}\n" for line in [first, *(f"    {clean(line, self.secrets, 2000)}" for line in more)])
+        """Return the record as lines, for the journal with their priority in front (sd-daemon(3)), else with time and level."""
+        traceback = self.formatException(record.exc_info).split("\n") if record.exc_info else []
+        lines = [clean(line, self.secrets, 2000) for line in (record.getMessage(), *traceback)]
+        if not self.journal:
+            return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines) + "\n"
+        prefix = f"<{ {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3) }>"
+        return prefix + f"\n{prefix}    ".join(lines) + "\n"
 
 
 class StderrHandler(logging.Handler):
@@ -1426,7 +1422,7 @@ class Collector:
 class HubClient(Server):
     """Posts reports."""
 
-    misfit = "no envelope"
+    name, daemon, misfit, limit_bytes = "hub", "the hub", "no envelope", MAX_ENVELOPE_BYTES
     mends: Mapping[str, str] = {
         **MENDS,
         "401": "check hub.api_key",
@@ -1436,10 +1432,7 @@ class HubClient(Server):
     }
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
-        context = build_context("hub", config.url, config.ca_file)
-        limits = {"timeout_seconds": config.timeout_seconds, "limit_bytes": MAX_ENVELOPE_BYTES}
-        super().__init__(config.url.rstrip("/"), f"Bearer {config.api_key}", context, secret=config.api_key, **limits)
-        self.facts |= {"section": "hub", "server": "hub", "daemon": "the hub"}
+        super().__init__(config, f"Bearer {config.api_key}", config.api_key)
         if not is_loopback(self._parts.hostname):
             self.opener.add_handler(urllib.request.ProxyHandler())
         self._logger = logger
@@ -1623,21 +1616,16 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
     return 1 if "error" in result else 0
 
 
-def show_certificate(proxmox: ProxmoxClient) -> None:
-    """Log subject, expiry and fingerprint of the server's certificate, trusted or not."""
-    with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
-        said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds / COLLECT_TIMEOUTS)
-        days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400
-        subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
-        LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
-        if days < 14:
-            LOG.warning("the certificate ends in %d days: renew it", days)
-
-
 def show_server(proxmox: ProxmoxClient) -> None:
-    """Log certificate and version of the server that answers; AgentError."""
+    """Log what certificate, trusted or not, and what version the server has; AgentError."""
     if is_https(proxmox.url):
-        show_certificate(proxmox)
+        with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
+            said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds / COLLECT_TIMEOUTS)
+            days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400
+            subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
+            LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
+            if days < 14:
+                LOG.warning("the certificate ends in %d days: renew it", days)
     LOG.info("Proxmox VE %s at %s", parse_text(proxmox.version().get("version")), proxmox.url)
 
 
