@@ -225,11 +225,11 @@ class Section:
     section: ClassVar[str]
 
     @classmethod
-    def load(cls, document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: list[str]) -> Self:
-        """Return the section from the file's document and the environment; a value of a wrong type goes to `problems`."""
+    def load(cls, document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: dict[str, str]) -> Self:
+        """Return the section from the file's document and the environment; `problems` gets what is wrong, by section and key."""
         given = document.get(cls.section, {})
         if not isinstance(given, dict):
-            problems.append(f"{cls.section}: must be an object")
+            problems[cls.section] = "must be an object"
             given = {}
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
@@ -242,24 +242,22 @@ class Section:
             elif overlay:
                 LOG.warning("config: %s is not an integer and is ignored", variable)
             if type(value) is not kind:  # a boolean is no integer
-                problems.append(f"{cls.section}.{item.name}: must be {'a string' if kind is str else 'an integer'}")
+                problems[f"{cls.section}.{item.name}"] = f"must be {'a string' if kind is str else 'an integer'}"
                 value = item.default
             values[item.name] = value
         for key in given:
             LOG.warning("config: unknown key %s.%s is ignored", cls.section, clean(key))
         if values.get("ca_file"):
             values["ca_file"] = os.path.join(os.path.dirname(os.path.abspath(file)), values["ca_file"])
-        return cls(**values)
+        loaded = cls(**values).with_defaults()
+        for item in dataclasses.fields(cls):
+            if problem := item.metadata["check"](getattr(loaded, item.name)):
+                problems.setdefault(f"{cls.section}.{item.name}", problem)
+        return loaded
 
-    def validate(self) -> dict[str, str]:
-        """Return what is wrong, by key."""
-        checked = {item.name: item.metadata["check"](getattr(self, item.name)) for item in dataclasses.fields(self)}
-        return {key: problem for key, problem in checked.items() if problem}
-
-    def redacted(self) -> dict[str, object]:
-        """Return the keys and values, as "***" a secret, and what is refused: it may be a secret in the wrong place."""
-        hidden = {item.name for item in dataclasses.fields(self) if not item.repr} | self.validate().keys()
-        return {key: "***" if value and key in hidden else value for key, value in dataclasses.asdict(self).items()}
+    def with_defaults(self) -> Self:
+        """Return it with those defaults that no constant is."""
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +273,7 @@ class ProxmoxConfig(Section):
     fingerprint: str = setting("", check_match(r"(([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2})?", "64 hexadecimal digits, colons or not"))
     timeout_seconds: int = setting(10, check_timeout)
 
-    def with_defaults(self) -> ProxmoxConfig:
+    def with_defaults(self) -> Self:
         """Return it with the short host name as node where none is named."""
         return self if self.node else dataclasses.replace(self, node=socket.gethostname().partition(".")[0])
 
@@ -297,9 +295,12 @@ class HubConfig(Section):
     timeout_seconds: int = setting(30, check_timeout)
     ca_file: str = setting("")
 
-    def with_defaults(self) -> HubConfig:
+    def with_defaults(self) -> Self:
         """Return it with the interval inside its bounds."""
-        return dataclasses.replace(self, poll_seconds=clamp_poll(self.poll_seconds))
+        used = clamp_poll(self.poll_seconds)
+        if used != self.poll_seconds:
+            LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", self.poll_seconds, used)
+        return dataclasses.replace(self, poll_seconds=used)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,23 +314,28 @@ class CloudflaredConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration; `problems` are values of a wrong type, which have their default here."""
+    """The whole configuration; `problems` is what is wrong, by section and key; a value of a wrong type has its default here."""
 
     proxmox: ProxmoxConfig
     hub: HubConfig
     cloudflared: CloudflaredConfig
-    problems: tuple[str, ...] = ()
+    problems: Mapping[str, str]
 
     def validate(self, *, hub: bool = True) -> None:
         """Raise ConfigError with every problem at once; without `hub` that section is not looked at."""
-        parts = (self.proxmox, self.hub, self.cloudflared)
-        found = [*self.problems, *(f"{part.section}.{key}: {problem}" for part in parts for key, problem in part.validate().items())]
-        if found := [problem for problem in found if hub or not problem.startswith(("hub.", "hub:"))]:
+        found = [f"{key}: {problem}" for key, problem in self.problems.items() if hub or key.partition(".")[0] != "hub"]
+        if found:
             raise ConfigError(*found)
 
-    def redacted(self) -> dict[str, object]:
-        """Return it as a JSON object that shows whether a secret is there, never which."""
-        return {part.section: part.redacted() for part in (self.proxmox, self.hub, self.cloudflared)}
+    def redacted(self) -> dict[str, dict[str, object]]:
+        """Return it as a JSON object, as "***" each secret, and what is refused: it may be a secret in the wrong place."""
+        shown: dict[str, dict[str, object]] = {}
+        for part in (self.proxmox, self.hub, self.cloudflared):
+            for item in dataclasses.fields(part):
+                value = getattr(part, item.name)
+                hide = value and (not item.repr or f"{part.section}.{item.name}" in self.problems)
+                shown.setdefault(part.section, {})[item.name] = "***" if hide else value
+        return shown
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -366,15 +372,12 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{clean(file)}: must be a JSON object")
     for key in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
         LOG.warning("config: unknown key %s is ignored", clean(key))
-    problems = [] if isinstance(document.get("authz", {}), dict) else ["authz: must be an object"]
-    hub = HubConfig.load(document, environ, file, problems)
-    if hub.poll_seconds != clamp_poll(hub.poll_seconds):
-        LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", hub.poll_seconds, clamp_poll(hub.poll_seconds))
+    problems = {} if isinstance(document.get("authz", {}), dict) else {"authz": "must be an object"}
     return Config(
-        proxmox=ProxmoxConfig.load(document, environ, file, problems).with_defaults(),
-        hub=hub.with_defaults(),
+        proxmox=ProxmoxConfig.load(document, environ, file, problems),
+        hub=HubConfig.load(document, environ, file, problems),
         cloudflared=CloudflaredConfig.load(document, environ, file, problems),
-        problems=tuple(problems),
+        problems=problems,
     )
 
 
