@@ -22,7 +22,7 @@ import felhom_agent as agent
 import lab
 from support import LOG, REPORT, Prober, build_collector, hub_config, proxmox_config
 
-BOUND_SECONDS = 3.0  # one request has one second; the rest is for a busy machine
+BOUND_SECONDS = 3.0  # one request has less than a second; the rest is for a busy machine
 
 
 def report_without(places: set[str], whole: dict[str, object], *, all_guests: bool) -> dict[str, object]:
