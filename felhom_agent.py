@@ -861,9 +861,12 @@ class Server(urllib.request.BaseHandler):
             self._proxy = request.host, header
         path = request.selector.removeprefix(self._parts.path)
         ((_, said),) = self.run([self.exchange(request.get_method(), path, cast("bytes | None", request.data))], 1)
-        if isinstance(said, AgentError):
-            raise said
-        return (said,)
+        try:
+            if isinstance(said, AgentError):
+                raise said
+            return (said,)
+        finally:
+            del said  # as in `run`
 
     https_open = http_open
 
@@ -893,6 +896,7 @@ class Server(urllib.request.BaseHandler):
                 except AgentError as exc:
                     said = exc
                 yield number, said
+                del said  # an error leads to the frames that it came through: kept in one of them, it would stay until garbage collection
         finally:
             for _, _, exchange in waiting.values():
                 exchange.close()
@@ -1129,15 +1133,11 @@ class ProxmoxClient(Server):
 
     def guest_config(self, vmid: int) -> Mapping[str, object]:
         """Return a container's configuration (`pvesh get /nodes/NODE/lxc/VMID/config --current 1`); needs VM.Audit on /vms/VMID."""
-        ((_, config),) = self.guest_configs([vmid])
-        if isinstance(config, AgentError):
-            raise config
-        return config
+        return self._get(self._config_path(vmid), dict)
 
     def guest_configs(self, vmids: Sequence[int]) -> Iterator[tuple[int, Mapping[str, object] | AgentError]]:
         """Yield each container's configuration, or why it cannot be read, in the order in which they come."""
-        # current=1: else changes that wait for the guest's next start are mixed in.
-        paths = [f"/nodes/{self.node}/lxc/{vmid}/config?current=1" for vmid in vmids]
+        paths = [self._config_path(vmid) for vmid in vmids]
         in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
         for number, said in self.run((self.exchange("GET", path) for path in paths), in_flight):
             yield vmids[number], said if isinstance(said, dict | AgentError) else self.other_shape(f"GET {paths[number]}")
@@ -1156,6 +1156,9 @@ class ProxmoxClient(Server):
         for form in self._echoes:  # a secret that comes back goes no further
             body = body.replace(form, "***")
         return cast("Any", parse_json(body))["data"]
+
+    def _config_path(self, vmid: int) -> str:
+        return f"/nodes/{self.node}/lxc/{vmid}/config?current=1"  # current=1: else changes that wait for its next start are mixed in
 
     def _get(self, path: str, kind: type[AnyJSON]) -> AnyJSON:
         said = self.fetch(path)

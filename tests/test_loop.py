@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gc
 import logging
 import random
 import re
@@ -447,3 +448,25 @@ def test_real_failures_are_told_with_cause_and_mend(
     assert world.waits[:2] == [900, 120]
     assert 2990 < world.waits[2] <= 3000
     assert world.waits[3:] == [450, 450, 450, 900, 900]
+
+
+@pytest.mark.parametrize("answer", [lab.Reply(500), lab.Cut()], ids=["status", "cut"])
+def test_report_that_was_not_accepted_is_not_kept_while_the_agent_waits(
+    agent_config: Path, hub: lab.SimulatedHub, answer: lab.Answer
+) -> None:
+    config = fa.load_config(str(agent_config), {})
+    collector = fa.Collector(fa.ProxmoxClient(config.proxmox), Active(), host_id="pve1", agent_version=fa.__version__, logger=LOGGER)
+    kept: list[int] = []
+
+    def wait(_seconds: float) -> None:
+        kept.append(sum(type(each) is fa.HostReport for each in gc.get_objects()))
+
+    hub.script("", lab.Forever(answer))
+    gc.collect()
+    gc.disable()  # which may not come by for a long time
+    try:
+        before = sum(type(each) is fa.HostReport for each in gc.get_objects())
+        fa.Loop(collector, fa.HubClient(config.hub, logger=LOGGER), 900, logger=LOGGER, wait=wait).run(2)
+    finally:
+        gc.enable()
+    assert kept == [before, before]
