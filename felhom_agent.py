@@ -857,6 +857,9 @@ class Server(urllib.request.BaseHandler):
     def http_open(self, request: urllib.request.Request) -> tuple[object]:
         """Answer urllib.request, which comes here after its proxy rules; in a tuple, since it passes over what is empty."""
         if request.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
+            there = urllib.parse.urlsplit(f"//{request.host}")
+            if not there.hostname or there.port == 0:  # urllib.request looks at neither; a port above 65535 raises here
+                raise ValueError("no address")
             header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
             self._proxy = request.host, header
         path = request.selector.removeprefix(self._parts.path)

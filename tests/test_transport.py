@@ -620,6 +620,20 @@ def test_proxy_that_refuses_is_named_and_its_password_is_not(
     assert "pass" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "address", ["http://", "http:/secret", "http://:3128", "http://127.0.0.1:99999", "http://127.0.0.1:0", "http://127.0.0.1:secret"]
+)
+def test_proxy_without_a_usable_address_is_told_and_never_passed_over(
+    far_hub: lab.SimulatedHub, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, resolve: Addresses, address: str
+) -> None:
+    monkeypatch.setenv("https_proxy", address)
+    resolve["hub.example.com"] = [("not to be asked",)]
+    with pytest.raises(agent.TransportError, match="the proxy's address cannot be used; check https_proxy and no_proxy") as caught:
+        report_to(far_hub, url=FAR)
+    assert (far_hub.connections, proxy.heads) == (0, [])
+    assert "secret" not in str(caught.value)
+
+
 def test_no_proxy_is_honoured(far_hub: lab.SimulatedHub, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, resolve: Addresses) -> None:
     monkeypatch.setenv("no_proxy", "example.org,.example.com")
     resolve["hub.example.com"] = [address(far_hub.port)]
