@@ -1290,7 +1290,8 @@ class LineFormatter(logging.Formatter):
         lines = [clean(line, self.secrets, 2000) for line in (record.getMessage(), *traceback)]
         if not self.journal:
             return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines) + "\n"
-        prefix = f"<{ {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3) }>"
+        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+        prefix = f"<{priority}>"
         return prefix + f"\n{prefix}    ".join(lines) + "\n"
 
 
