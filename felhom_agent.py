@@ -869,7 +869,7 @@ class Server(urllib.request.BaseHandler):
                 raise said
             return (said,)
         finally:
-            del said  # as in `run`
+            del said  # for the same reason as in `run`
 
     https_open = http_open
 
@@ -898,8 +898,11 @@ class Server(urllib.request.BaseHandler):
                     said = done.value
                 except AgentError as exc:
                     said = exc
+                    cause: BaseException | None = exc
+                    while cause is not None:  # an error leads to the frames that it came through: kept in one of them, all that
+                        cause.__traceback__ = None  # these hold would stay until the garbage is collected
+                        cause = cause.__context__
                 yield number, said
-                del said  # an error leads to the frames that it came through: kept in one of them, it would stay until garbage collection
         finally:
             for _, _, exchange in waiting.values():
                 exchange.close()
@@ -1417,12 +1420,12 @@ class Collector:
         return tuple(guests[vmid] for vmid in listed)
 
     def _probe(self) -> str:
-        status, lack, bug = "unknown", "", None
         try:
             status = self._cloudflared.probe()
         except Exception as exc:  # a prober is handed in, and whatever is wrong with it is no reason to be silent
-            lack, bug = f"cloudflared.status is unknown: {type(exc).__name__}", exc
-        self._changes.tell("prober", lack, "cloudflared.status can be read again", bug)
+            self._changes.tell("prober", f"cloudflared.status is unknown: {type(exc).__name__}", bug=exc)
+            return "unknown"
+        self._changes.tell("prober", "", "cloudflared.status can be read again")
         return status
 
 
