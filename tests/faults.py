@@ -333,18 +333,25 @@ class Breakable(lab.Server):
         """Do nothing wrong any more."""
         self._fault = None
         if fault.level == "port":
-            self.__exit__()
-            self.__enter__()
+            with self._hold_port():
+                self.__exit__()
+                self.__enter__()
+
+    def _hold_port(self) -> socket.socket:
+        """Nobody else may take the port while it changes hands: the walks around this one open many."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", self.port))
+        return sock
 
     def _break_port(self, fault: Fault) -> None:
         """Nobody listens any more, or nobody takes what comes: then the kernel answers no further connection."""
         self._fault, self.struck = None, True
+        held = self._hold_port()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind(("127.0.0.1", self.port))
+        self._listener = held
         if fault.ending == "silence":
             self._listener.listen(0)
             self._queued = [socket.socket() for _ in range(3)]

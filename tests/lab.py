@@ -263,7 +263,7 @@ class Server:
     def __enter__(self) -> Self:
         self._stopping.clear()
         self._tls = self.certificates.server_context() if self.certificates else None
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128, reuse_port=True)
         self.port = self._listener.getsockname()[1]
         self._threads: list[threading.Thread] = []
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
