@@ -21,6 +21,7 @@ import dataclasses
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import http.client
 import io
@@ -43,10 +44,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypeVar, cast
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, cast
 
 __version__: Final = "0.3.0"
 
@@ -183,11 +181,6 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
-def is_https(url: str) -> bool:
-    """Tell whether `url` asks for TLS."""
-    return url.lower().startswith("https:")
-
-
 def check_url(url: str, *, prefix: bool = False) -> str:
     """Return what is wrong with a base address, "" where nothing is; with `prefix` it may have a path."""
     form = "https://host[:port]" + ("[/prefix]" if prefix else "")
@@ -200,7 +193,7 @@ def check_url(url: str, *, prefix: bool = False) -> str:
         return f"must be {form}, without user, query and fragment" if url else "is required"
     if not host or "%" in parts.netloc or not re.fullmatch(r"[!-~]+", url) or (parts.path.strip("/") and not prefix):
         return f"must be {form}, got {clean(url)}"
-    return "" if is_https(url) or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
+    return "" if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
 
 
 def check_timeout(seconds: int) -> str:
@@ -640,37 +633,37 @@ def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, ob
 
 # ---- HTTPS transport --------------------------------------------------------------------------------------------------------
 
-# What to do about a failure that may happen with either server; README.md has the whole table for the operator.
+NOT_THIS: Final = "check {section}.url: this is not {server}"
+# How to mend what may go wrong with either server, by the words with which it is told; README.md has them all for the operator.
 MENDS: Final[Mapping[str, str]] = {
-    "refused": "check host and port in {section}.url, and whether {daemon} runs there",
-    "timeout": "see whether that host or the network is overloaded; {section}.timeout_seconds is the limit",
-    "name": "check the host name in {section}.url, and this host's resolver",
-    "cut": "check {section}.url, http or https and the port; else see the log of {daemon}",
-    "tls": "check the port in {section}.url, and the log of {daemon}",
-    "plain": "check the port in {section}.url: it must be the one for https",
-    "untrusted": "name the CA that signed it in {section}.ca_file",
-    "expired": "renew it, or set the clock of this host",
-    "hostname": "use one of these names in {section}.url",
-    "redirect": "set {section}.url to the address itself, nothing is followed",
-    "shape": "check {section}.url: this is not {server}",
+    "connection refused": "check host and port in {section}.url, and whether {daemon} runs there",
+    "no complete answer in time": "see whether that host or the network is overloaded; {section}.timeout_seconds is the limit",
+    "the name cannot be resolved": "check the host name in {section}.url, and this host's resolver",
+    "the connection was closed": "check {section}.url, http or https and the port; else see the log of {daemon}",
+    "TLS failed": "check the port in {section}.url, and the log of {daemon}",
+    "no TLS there": "check the port in {section}.url: it must be the one for https",
+    "the certificate is not signed": "name the CA that signed it in {section}.ca_file",
+    "the certificate is valid": "renew it, or set the clock of this host",
+    "the certificate is for": "use one of these names in {section}.url",
+    "no answer": NOT_THIS,
+    "the answer is too large": NOT_THIS,
+    "3": "set {section}.url to the address itself, nothing is followed",
 }
+# What shows that the server has closed a kept connection meanwhile; the question is then asked once more on a new one.
+GONE: Final = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+# The words for what Python raises; the first type that fits counts.
+FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str]]] = (
+    ((TimeoutError,), "no complete answer in time"),
+    ((socket.gaierror,), "the name cannot be resolved"),
+    ((ConnectionRefusedError,), "connection refused"),
+    ((ConnectionError, *GONE, http.client.IncompleteRead), "the connection was closed before the answer was complete"),
+    ((ssl.SSLError,), "TLS failed"),
+    ((http.client.HTTPException, ValueError), "no answer in HTTP"),
+)
 
 
 class Failure(Exception):
-    """What went wrong with a request: the key of its mend, and the words."""
-
-
-# What shows that the server has closed a kept connection meanwhile; the question is then asked once more on a new one.
-GONE: Final = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-# Told by type, never by text; the first that fits counts.
-FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str, str]]] = (
-    ((TimeoutError,), "timeout", "no complete answer in time"),
-    ((socket.gaierror,), "name", "the name cannot be resolved"),
-    ((ConnectionRefusedError,), "refused", "connection refused"),
-    ((ConnectionError, *GONE, http.client.IncompleteRead), "cut", "the connection was closed before the answer was complete"),
-    ((ssl.SSLError,), "tls", "TLS failed"),
-    ((http.client.HTTPException, ValueError), "shape", "no answer in HTTP"),
-)
+    """What went wrong with a request, in words that `mends` may know."""
 
 
 def parse_retry_after(value: str, now: float) -> float | None:
@@ -682,22 +675,6 @@ def parse_retry_after(value: str, now: float) -> float | None:
         return max(0.0, min(calendar.timegm(when) - now, MAX_POLL_SECONDS))
     except (ValueError, OverflowError, TypeError):
         return None
-
-
-def build_context(config: ProxmoxConfig | HubConfig, *, pinned: bool, strict: bool) -> ssl.SSLContext | None:
-    """Return what checks the server's certificate, chain and host name; None for http; ConfigError."""
-    if not is_https(config.url):
-        return None
-    try:
-        # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
-        roots = read_file(config.ca_file)[0].decode("ascii", "ignore") + "\n" if config.ca_file and not pinned else None
-        context = trust_all() if pinned else ssl.create_default_context(cadata=roots)  # Server compares the fingerprint, which is stricter
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"{config.section}.ca_file: {clean(config.ca_file)}: {explain_file(exc)}") from exc
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not strict:
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
 
 
 def trust_all() -> ssl.SSLContext:
@@ -721,20 +698,16 @@ def dial(host: str | None, port: int, deadline: float) -> socket.socket:
     Name resolution is the one step that Python cannot bound: `main` bounds it through the resolver's own settings.
     """
     seconds_left(deadline)  # else each guest that is left at the end of a cycle would wait for a silent name server
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
-        with contextlib.ExitStack() as closed:
-            try:
-                sock = closed.enter_context(socket.socket(family, kind, protocol))
-                sock.settimeout(seconds_left(deadline) / left)  # an address that does not answer leaves time for the next
-                sock.connect(address)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                closed.pop_all()
-                return sock
-            except OSError:
-                if left == 1:
-                    raise
-    raise TimeoutError
+    addresses = [cast("tuple[str, int]", address[:2]) for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    failure = OSError()
+    for number, address in enumerate(addresses):
+        try:  # an address that does not answer leaves time for the next
+            sock = socket.create_connection(address, seconds_left(deadline) / (len(addresses) - number))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as exc:
+            failure = exc
+    raise failure
 
 
 def send(sock: socket.socket, data: bytes, deadline: float) -> None:
@@ -754,11 +727,10 @@ class Incoming(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: float, allowance: int, *, begun: bool = False) -> None:
         self._sock, self._deadline, self._allowance, self.begun = sock, deadline, allowance, begun
 
-    def readable(self) -> bool:
-        """Return True: io.BufferedReader asks."""
+    def readable(self) -> bool:  # io.BufferedReader asks
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         """Receive what has come; OSError, Failure."""
         left = seconds_left(self._deadline)
         self._sock.settimeout(left if self.begun else 0)
@@ -769,7 +741,7 @@ class Incoming(io.RawIOBase):
         self.begun = True
         self._allowance -= count
         if self._allowance < 0:
-            raise Failure("shape", "the answer is too large")
+            raise Failure("the answer is too large")
         return count
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -782,11 +754,10 @@ class Answer(http.client.HTTPResponse):
 
     def begin(self) -> None:
         """Read status line and header; OSError, http.client.HTTPException."""
-        while True:
+        self.status = 100
+        while 100 <= self.status < 200:  # those announce the answer
             version, self.status, self.reason = self._read_status()  # type: ignore[attr-defined]
             self.fields = self._read_fields()
-            if not 100 <= self.status < 200:  # those announce the answer
-                break
         length = self.fields.get("content-length", "")
         if not re.fullmatch(r"[0-9]{0,15}", length):
             raise http.client.HTTPException("content-length")
@@ -812,6 +783,13 @@ class Answer(http.client.HTTPResponse):
         raise http.client.HTTPException("too many header lines")
 
 
+class Question(urllib.request.Request):
+    """A request, and of which type its answer has to be."""
+
+    kind: type[object] = object
+
+
+Kind = TypeVar("Kind")
 # A question under way: yields where and until when its answer is waited for, and returns what the answer says.
 Exchange = Generator[tuple[socket.socket, float], None, object]
 
@@ -819,8 +797,8 @@ Exchange = Generator[tuple[socket.socket, float], None, object]
 class Server(urllib.request.BaseHandler):
     """One server: kept connections, hard deadlines, capped answers, and every failure as one of two errors.
 
-    It is a handler of urllib.request, which is the door for single calls and brings the proxy rules.  No other handler is
-    installed, so nothing follows a redirect, opens a file or asks for a password.
+    It is a handler of urllib.request, which brings the proxy rules.  No other handler is installed that does anything with an
+    answer, so nothing follows a redirect, opens a file or asks for a password.
     """
 
     name = daemon = misfit = ""  # what it is called, what serves there, and what an answer of another shape is not
@@ -835,8 +813,8 @@ class Server(urllib.request.BaseHandler):
         self.secrets = secret_forms(secret)
         self._parts = urllib.parse.urlsplit(self.url)
         self._timeout = config.timeout_seconds
-        self._context = build_context(config, pinned=bool(pin), strict=self.strict)
         self._pin = pin  # SHA-256 of the only certificate that is accepted, whoever signed it and whatever name it bears
+        self.context = self._build_context(config.ca_file) if self._parts.scheme == "https" else None
         self._header = (
             f"Host: {self._parts.netloc}\r\nAuthorization: {authorization}\r\nUser-Agent: felhom-agent/{__version__}\r\n"
             "Accept: application/json\r\nAccept-Encoding: identity\r\n"
@@ -846,32 +824,18 @@ class Server(urllib.request.BaseHandler):
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self)
 
-    def fetch(self, path: str, body: bytes | None = None) -> object:
-        """Return what the answer to one GET says, or to a POST of `body` as JSON; TransportError, HTTPError."""
+    def fetch(self, path: str, kind: type[Kind], body: bytes | None = None) -> Kind:
+        """Return what the answer to a GET says, or to a POST of `body` as JSON; TransportError, HTTPError."""
+        question = Question(self.url + path, body)
+        question.kind = kind
         try:
-            (said,) = cast("tuple[object]", self.opener.open(urllib.request.Request(self.url + path, body)))
+            exchange: Exchange = self.opener.open(question)
         except ValueError:  # it quotes the address, which may hold a password
-            raise TransportError(self.mended(f"{path}: the proxy's address cannot be used", "proxy"), headline="bad proxy") from None
-        return said
-
-    def http_open(self, request: urllib.request.Request) -> tuple[object]:
-        """Answer urllib.request, which comes here after its proxy rules; in a tuple, since it passes over what is empty."""
-        if request.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
-            there = urllib.parse.urlsplit(f"//{request.host}")
-            if not there.hostname or there.port == 0:  # urllib.request looks at neither; a port above 65535 raises here
-                raise ValueError("no address")
-            header = "".join(f"{name}: {value}\r\n" for name, value in request.header_items() if name == "Proxy-authorization")
-            self._proxy = request.host, header
-        path = request.selector.removeprefix(self._parts.path)
-        ((_, said),) = self.run([self.exchange(request.get_method(), path, cast("bytes | None", request.data))], 1)
-        try:
-            if isinstance(said, AgentError):
-                raise said
-            return (said,)
-        finally:
-            del said  # for the same reason as in `run`
-
-    https_open = http_open
+            raise self._explain(Failure("the proxy's address cannot be used"), path, 0) from None
+        ((_, said),) = self.run([exchange], 1)
+        if isinstance(said, AgentError):
+            raise said
+        return cast(Kind, said)
 
     def run(self, exchanges: Iterable[Exchange], in_flight: int) -> Iterator[tuple[int, object]]:
         """Yield the number of each exchange with what its answer says, or the AgentError, in the order in which they come.
@@ -893,40 +857,52 @@ class Server(urllib.request.BaseHandler):
                 try:
                     sock, deadline = next(exchange)
                     waiting[sock] = deadline, number, exchange
-                    continue
                 except StopIteration as done:
-                    said = done.value
+                    yield number, done.value
                 except AgentError as exc:
-                    said = exc
-                    cause: BaseException | None = exc
-                    while cause is not None:  # an error leads to the frames that it came through: kept in one of them, all that
-                        cause.__traceback__ = None  # these hold would stay until the garbage is collected
-                        cause = cause.__context__
-                yield number, said
+                    yield number, exc
         finally:
             for _, _, exchange in waiting.values():
                 exchange.close()
             if self.ends == math.inf:
                 self.close()
 
-    def exchange(self, method: str, path: str, body: bytes | None = None) -> Exchange:
-        """Ask, on a kept connection where there is one; TransportError, HTTPError."""
+    def http_open(self, question: Question) -> Exchange:
+        """Return the exchange, with the proxy to which urllib.request has directed the question; ValueError."""
+        if question.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
+            there = urllib.parse.urlsplit(f"//{question.host}")
+            if not there.hostname or there.port == 0:  # urllib.request looks at neither; a port above 65535 raises here
+                raise ValueError("no address")
+            header = "".join(f"{name}: {value}\r\n" for name, value in question.header_items() if name == "Proxy-authorization")
+            self._proxy = question.host, header
+        return self.exchange(question.selector.removeprefix(self._parts.path), question.kind, cast("bytes | None", question.data))
+
+    https_open = http_open
+
+    def exchange(self, path: str, kind: type[object], body: bytes | None = None) -> Exchange:
+        """Ask, on a kept connection where there is one, and return what the answer says, of type `kind`; TransportError, HTTPError."""
         deadline = min(time.monotonic() + self._timeout, self.ends)
+        method = "GET" if body is None else "POST"
+        label = f"{method} {path}"
         length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
-        label = f"{method} {path}"
         try:
             kept = self._take_idle()
             try:
-                return (yield from self._ask(kept or self._connect(deadline), label, data, deadline))
+                text = yield from self._talk(kept or self._connect(deadline), label, data, deadline)
             except GONE:
                 if kept is None or body is not None:  # what is posted may have been received
                     raise
-            return (yield from self._ask(self._connect(deadline), label, data, deadline))
+                text = yield from self._talk(self._connect(deadline), label, data, deadline)
         except (http.client.HTTPException, ValueError) as exc:
             raise self._explain(exc, label, deadline) from None  # they quote the server
         except (OSError, Failure) as exc:
             raise self._explain(exc, label, deadline) from exc
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            said = self.parse(text)
+            if isinstance(said, kind):
+                return said
+        raise self.other_shape(label)
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -952,18 +928,28 @@ class Server(urllib.request.BaseHandler):
         with self._connect(deadline, context) as sock:
             return cast(ssl.SSLSocket, sock).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
 
-    def cause(self, status: int, reason: str) -> str:
-        """Return the key of the mend for a status."""
-        return "redirect" if 300 <= status < 400 else str(status)
-
-    def mended(self, text: str, key: str) -> str:
-        """Return the text of an error with its mend."""
-        mend = self.mends.get(key, "").format(**self.facts)
-        return f"{text}; {mend}" if mend else text
+    def mended(self, text: str) -> str:
+        """Return the words with their mend."""
+        mend = next((mend for words, mend in self.mends.items() if text.startswith(words)), "")
+        return f"{text}; {mend.format(**self.facts)}" if mend else text
 
     def other_shape(self, label: str, text: str = "") -> TransportError:
         """Return the error for an answer that this server would not have given."""
-        return TransportError(self.mended(f"{label}: {text or self.misfit}", "shape"), headline=f"{self.name} answered nonsense")
+        text = f"{label}: {text or self.misfit}; {NOT_THIS.format(**self.facts)}"
+        return TransportError(text, headline=f"{self.name} answered nonsense")
+
+    def _build_context(self, ca_file: str) -> ssl.SSLContext:
+        """Return what checks the server's certificate, chain and host name; ConfigError."""
+        try:
+            # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
+            roots = read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file and not self._pin else None
+            context = trust_all() if self._pin else ssl.create_default_context(cadata=roots)  # _connect compares the pin: stricter
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"{self.facts['section']}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if not self.strict:
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        return context
 
     def _take_idle(self) -> socket.socket | None:
         while self._idle:
@@ -975,7 +961,7 @@ class Server(urllib.request.BaseHandler):
 
     def _connect(self, deadline: float, context: ssl.SSLContext | None = None) -> socket.socket:
         """Connect, through the proxy's tunnel if there is one, and shake hands; OSError, http.client.HTTPException, Failure."""
-        usual = 443 if self._context else 80
+        usual = 443 if self.context else 80
         proxy, header = self._proxy
         there = urllib.parse.urlsplit(f"//{proxy}") if proxy else self._parts
         sock = dial(there.hostname, there.port or usual, deadline)
@@ -986,21 +972,21 @@ class Server(urllib.request.BaseHandler):
                 with Answer(Incoming(sock, deadline, MAX_HEADER_BYTES, begun=True)) as answer:  # type: ignore[arg-type]
                     answer.begin()
                     if answer.status != 200:
-                        raise Failure("proxy", "the proxy does not let us through")
-            if self._context is not None:
-                tls = (context or self._context).wrap_socket(sock, server_hostname=self._parts.hostname, do_handshake_on_connect=False)
+                        raise Failure("the proxy does not let us through")
+            if self.context is not None:
+                tls = (context or self.context).wrap_socket(sock, server_hostname=self._parts.hostname, do_handshake_on_connect=False)
                 sock = tls
                 sock.settimeout(seconds_left(deadline))  # which bounds a handshake as a whole
                 tls.do_handshake()
                 if self._pin and context is None and hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest() != self._pin:
-                    raise Failure("fingerprint", "the certificate is not the pinned one")
+                    raise Failure("the certificate is not the pinned one")
         except BaseException:
             sock.close()
             raise
         return sock
 
-    def _ask(self, sock: socket.socket, label: str, data: bytes, deadline: float) -> Exchange:
-        """Send the question, yield until the answer has begun, and read it; the connection is kept after a success alone."""
+    def _talk(self, sock: socket.socket, label: str, data: bytes, deadline: float) -> Generator[tuple[socket.socket, float], None, str]:
+        """Send the question, yield until the answer has begun, and return its body; the connection is kept after a success alone."""
         try:
             send(sock, data, deadline)
             incoming = Incoming(sock, deadline, self.limit_bytes + MAX_HEADER_BYTES)
@@ -1017,17 +1003,14 @@ class Server(urllib.request.BaseHandler):
             sock.close()
         else:
             self._idle.append(sock)
-        try:
-            return self.parse(body)
-        except (ValueError, KeyError, TypeError):
-            raise self.other_shape(label) from None
+        return body
 
     def _read(self, answer: Answer, label: str) -> str:
         """Return the body of a success; HTTPError, and what the layers below raise."""
         if not 200 <= answer.status < 300:  # the body is not read
             reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
             raise HTTPError(
-                self.mended(f"{label}: {answer.status} {reason}".rstrip(), self.cause(answer.status, reason)),
+                f"{label}: {self.mended(f'{answer.status} {reason}'.rstrip())}",
                 status=answer.status,
                 headline=f"{self.name} answered {answer.status}",
                 retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
@@ -1037,42 +1020,45 @@ class Server(urllib.request.BaseHandler):
         while len(body) <= self.limit_bytes and (piece := answer.read(65536)):
             body += piece
         if len(body) > self.limit_bytes or (answer.length or 0) > self.limit_bytes:
-            raise Failure("shape", "the answer is too large")
+            raise Failure("the answer is too large")
         if answer.length:
             raise http.client.IncompleteRead(b"")
         return body.decode()
 
     def _explain(self, exc: Exception, label: str, deadline: float) -> TransportError:
         """Return the operator's error for what went wrong."""
-        key, text = next(((key, text) for types, key, text in FAILURES if isinstance(exc, types)), ("", ""))
+        words = next((words for types, words in FAILURES if isinstance(exc, types)), "")
         if isinstance(exc, Failure):
-            key, text = exc.args
+            words = str(exc)
         elif isinstance(exc, ssl.SSLCertVerificationError):
-            key, text = self._explain_certificate(exc, deadline)
+            words = self._explain_certificate(exc, deadline)
         elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-            key, text = "plain", "no TLS there"
-        elif isinstance(exc, OSError) and not text:
-            text = exc.strerror or type(exc).__name__
+            words = "no TLS there"
+        elif isinstance(exc, OSError) and not words:
+            words = exc.strerror or type(exc).__name__
         via = f" (through the proxy {self._proxy[0]})" if self._proxy[0] else ""
-        text = self.mended(f"{label}: {self._parts.netloc}{via}: {text}", key)
-        return TransportError(text, headline=f"{self.name} unreachable")
+        return TransportError(f"{label}: {self._parts.netloc}{via}: {self.mended(words)}", headline=f"{self.name} unreachable")
 
-    def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> tuple[str, str]:
-        """Return key and text for a certificate that was refused."""
+    def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> str:
+        """Return what is wrong with a certificate that was refused, with what it says itself."""
         try:
             said, _ = self.read_certificate(deadline)
         except (OSError, ValueError, http.client.HTTPException, Failure):
             said = {}
         if exc.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-            return "hostname", f"the certificate is for {clean(', '.join(str(name) for _, name in said.get('subjectAltName', ())))}"
+            return f"the certificate is for {clean(', '.join(str(name) for _, name in said.get('subjectAltName', ())))}"
         if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
-            return "expired", f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
-        return "untrusted", f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
+            return f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
+        return f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
 
 
 # ---- Proxmox client ---------------------------------------------------------------------------------------------------------
 
-AnyJSON = TypeVar("AnyJSON", dict[str, object], list[object])
+# What else may be wrong where no node has the name that is asked for: pveproxy then takes it for another node's, and cannot reach it.
+OTHER_NODE_MENDS: Final = dict.fromkeys(
+    ("500 hostname lookup", "595", "596", "599"),
+    "proxmox.node is {node}, but `pvesh get /nodes` lists {nodes} (upper and lower case differ)",
+)
 
 
 class ProxmoxClient(Server):
@@ -1086,12 +1072,11 @@ class ProxmoxClient(Server):
         **MENDS,
         "401": "check proxmox.token_id and proxmox.token_secret; `pveum user token list {user}` shows the tokens and when they expire",
         "403": GRANT,
-        "node": "proxmox.node is {node}, but `pvesh get /nodes` lists {nodes} (upper and lower case differ)",
-        "pvedaemon": "see whether it runs: systemctl status pvedaemon",
-        "pmxcfs": "see whether it runs: systemctl status pve-cluster",
+        **dict.fromkeys(("595", "596", "599"), "see whether it runs: systemctl status pvedaemon"),
+        "500 RPCEnvironment init request failed": "see whether it runs: systemctl status pve-cluster",
         "501": "this Proxmox VE does not have the call, versions 8 and 9 do; check proxmox.url",
-        "untrusted": "name its CA in proxmox.ca_file, /etc/pve/pve-root-ca.pem where it is Proxmox's own",
-        "fingerprint": "compare proxmox.fingerprint with `pvenode cert info`",
+        "the certificate is not signed": "name its CA in proxmox.ca_file, /etc/pve/pve-root-ca.pem where it is Proxmox's own",
+        "the certificate is not the pinned one": "compare proxmox.fingerprint with `pvenode cert info`",
     }
 
     def __init__(self, config: ProxmoxConfig) -> None:
@@ -1102,7 +1087,7 @@ class ProxmoxClient(Server):
         self.token_id = config.token_id
         self.user = config.token_id.partition("!")[0]
         self.collect_seconds = COLLECT_TIMEOUTS * config.timeout_seconds
-        self.facts |= {"user": self.user, "node": self.node, "nodes": ""}
+        self.facts |= {"user": self.user, "node": self.node}
         self._echoes = [form for form in self.secrets if len(form) > 7]  # shorter ones would match by chance
 
     @contextlib.contextmanager
@@ -1117,43 +1102,38 @@ class ProxmoxClient(Server):
 
     def version(self) -> Mapping[str, object]:
         """Return `version` and more (`pvesh get /version`); needs no privilege."""
-        return parse_object(self.fetch("/version"))
+        return parse_object(self.fetch("/version", object))
 
     def permissions(self) -> Mapping[str, object]:
         """Return path → privilege → 1 of this token (`pvesh get /access/permissions`); needs no privilege."""
-        return self._get("/access/permissions", dict)
+        return self.fetch("/access/permissions", dict)
 
     def nodes(self) -> list[Mapping[str, object]]:
         """Return an entry for each node of the cluster (`pvesh get /nodes`); `cpu` in it needs Sys.Audit."""
-        entries = [parse_object(entry) for entry in self._get("/nodes", list)]
-        self.facts["nodes"] = clean(", ".join(sorted(str(entry.get("node")) for entry in entries)))
+        entries = [parse_object(entry) for entry in self.fetch("/nodes", list)]
+        names = sorted(str(entry.get("node")) for entry in entries)
+        self.facts["nodes"] = clean(", ".join(names))
+        known = not names or self.node in ("localhost", *names)
+        self.mends = ProxmoxClient.mends if known else {**ProxmoxClient.mends, **OTHER_NODE_MENDS}
         return entries
 
     def node_status(self) -> Mapping[str, object]:
         """Return the node's figures (`pvesh get /nodes/NODE/status`); needs Sys.Audit on /nodes/NODE."""
-        return self._get(f"/nodes/{self.node}/status", dict)
+        return self.fetch(f"/nodes/{self.node}/status", dict)
 
     def list_lxc(self) -> list[Mapping[str, object]]:
         """Return an entry for each container that the token may see (`pvesh get /nodes/NODE/lxc`); needs VM.Audit."""
-        return [parse_object(entry) for entry in self._get(f"/nodes/{self.node}/lxc", list)]
+        return [parse_object(entry) for entry in self.fetch(f"/nodes/{self.node}/lxc", list)]
 
     def guest_config(self, vmid: int) -> Mapping[str, object]:
         """Return a container's configuration (`pvesh get /nodes/NODE/lxc/VMID/config --current 1`); needs VM.Audit on /vms/VMID."""
-        return self._get(self._config_path(vmid), dict)
+        return self.fetch(self._config_path(vmid), dict)
 
     def guest_configs(self, vmids: Sequence[int]) -> Iterator[tuple[int, Mapping[str, object] | AgentError]]:
         """Yield each container's configuration, or why it cannot be read, in the order in which they come."""
-        paths = [self._config_path(vmid) for vmid in vmids]
         in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
-        for number, said in self.run((self.exchange("GET", path) for path in paths), in_flight):
-            yield vmids[number], said if isinstance(said, dict | AgentError) else self.other_shape(f"GET {paths[number]}")
-
-    def cause(self, status: int, reason: str) -> str:
-        """Tell by status and reason phrase what is wrong, as measured on Proxmox's own daemons."""
-        if status in (595, 596, 599) or (status == 500 and reason.startswith("hostname lookup")):
-            known = self.node in ("localhost", *self.facts["nodes"].split(", "))
-            return "pvedaemon" if known or not self.facts["nodes"] else "node"
-        return "pmxcfs" if status == 500 and "Unable to load access control list" in reason else super().cause(status, reason)
+        for number, said in self.run((self.exchange(self._config_path(vmid), dict) for vmid in vmids), in_flight):
+            yield vmids[number], cast("dict[str, object] | AgentError", said)
 
     def parse(self, body: str) -> object:
         """Return `data` of an answer, as Server.parse says."""
@@ -1165,12 +1145,6 @@ class ProxmoxClient(Server):
 
     def _config_path(self, vmid: int) -> str:
         return f"/nodes/{self.node}/lxc/{vmid}/config?current=1"  # current=1: else changes that wait for its next start are mixed in
-
-    def _get(self, path: str, kind: type[AnyJSON]) -> AnyJSON:
-        said = self.fetch(path)
-        if not isinstance(said, kind):
-            raise self.other_shape(f"GET {path}")
-        return said
 
 
 def diagnose_token(permissions: Mapping[str, object], token_id: str, node: str) -> tuple[bool, list[str]]:
@@ -1441,7 +1415,7 @@ class HubClient(Server):
         "401": "check hub.api_key",
         "403": "check hub.api_key and hub.host_id",
         "404": "check hub.url, to which the agent adds /api/v1/host-report",
-        "proxy": "check https_proxy and no_proxy",
+        "the proxy": "check https_proxy and no_proxy",
     }
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
@@ -1453,9 +1427,7 @@ class HubClient(Server):
 
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's answer; TransportError, HTTPError."""
-        document = self.fetch("/api/v1/host-report", report.to_json().encode())
-        if not isinstance(document, dict):
-            raise self.other_shape("POST /api/v1/host-report")
+        document = self.fetch("/api/v1/host-report", dict, report.to_json().encode())
         wish = document.get("poll_interval_seconds")
         seconds = parse_whole(wish)
         ignored = seconds is None and "poll_interval_seconds" in document
@@ -1494,6 +1466,12 @@ def next_try(*, started: float, now: float, interval: float, failures: int, erro
     return now + (delay if told is None else max(delay, told + min(interval, 4 * told) * fraction))
 
 
+def rest(seconds: float) -> None:
+    """Wait, without what a failed cycle has left: its error leads to the frames that it came through, and these to its report."""
+    gc.collect()
+    time.sleep(seconds)
+
+
 def count_tries(number: int) -> str:
     """Return `1 try`, `2 tries`."""
     return f"{number} {'try' if number == 1 else 'tries'}"
@@ -1510,7 +1488,7 @@ class Loop:
         *,
         logger: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
-        wait: Callable[[float], None] = time.sleep,
+        wait: Callable[[float], None] = rest,
         fraction: Callable[[], float] = random.random,
         tell: Callable[[str, float], None] = notify_wait,
     ) -> None:
@@ -1530,7 +1508,7 @@ class Loop:
             error, status = self.cycle()
             now = self._clock()
             due = next_try(started=due, now=now, interval=self.interval, failures=failures, error=error, fraction=self._fraction())
-            error = None  # its traceback would keep the whole report alive during the wait
+            del error  # `rest` says why
             self._tell(f"{status}, next in {due - now:.0f} s", due - now)
             self._wait(due - now)
 
@@ -1631,7 +1609,7 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
 
 def show_server(proxmox: ProxmoxClient) -> None:
     """Log what certificate, trusted or not, and what version the server has; AgentError."""
-    if is_https(proxmox.url):
+    if proxmox.context is not None:
         with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
             said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds / COLLECT_TIMEOUTS)
             days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400

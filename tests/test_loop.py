@@ -459,6 +459,7 @@ def test_report_that_was_not_accepted_is_not_kept_while_the_agent_waits(
     kept: list[int] = []
 
     def wait(_seconds: float) -> None:
+        fa.rest(0)
         kept.append(sum(type(each) is fa.HostReport for each in gc.get_objects()))
 
     hub.script("", lab.Forever(answer))

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -62,24 +63,26 @@ def test_configuration_table_has_every_key_with_its_default() -> None:
 
 
 NAMES = {"section": "SECTION", "server": "SERVER", "daemon": "DAEMON", "user": "USER", "node": "NODE", "nodes": "NODES"}
+MENDS = [agent.ProxmoxClient.mends, agent.OTHER_NODE_MENDS, agent.HubClient.mends]
+MENDS += [{client.misfit: agent.NOT_THIS} for client in (agent.ProxmoxClient, agent.HubClient)]
 
 
-@pytest.mark.parametrize("client", [agent.ProxmoxClient, agent.HubClient])
-def test_message_table_has_every_mend(client: type[agent.Server]) -> None:
-    mends = {mend for _, _, mend in table("message")}
-    assert not {mend.format(**NAMES) for mend in client.mends.values()} - mends
+@pytest.mark.parametrize("mends", MENDS, ids=["proxmox", "other-node", "hub", "not-proxmox", "not-the-hub"])
+def test_message_table_has_every_mend_beside_its_message(mends: Mapping[str, str]) -> None:
+    rows = [(re.findall("`([^`]+)`", messages), mend) for messages, _, mend in table("message")]
+    for words, mend in mends.items():
+        assert [messages for messages, said in rows if said == mend.format(**NAMES) and any(each.startswith(words) for each in messages)]
 
 
 def test_message_table_has_no_mend_of_its_own() -> None:
-    known = {mend.format(**NAMES) for client in (agent.ProxmoxClient, agent.HubClient) for mend in client.mends.values()}
+    known = {mend.format(**NAMES) for mends in MENDS for mend in mends.values()}
     grant = agent.GRANT.format(user="USER")
     assert {mend for _, _, mend in table("message")} - known == {f"{grant} && pveum user token modify USER NAME --privsep 0"}
 
 
-def test_message_table_has_every_failure_that_can_be_mended() -> None:
+def test_message_table_has_every_failure() -> None:
     messages = " ".join(message for message, _, _ in table("message"))
-    for _, key, text in agent.FAILURES:
-        assert f"`{text}`" in messages or key not in agent.MENDS
+    assert [words for _, words in agent.FAILURES if f"`{words}`" not in messages] == []
 
 
 def test_privileges_table_has_every_call(node: lab.SimulatedNode, hub: lab.SimulatedHub) -> None:

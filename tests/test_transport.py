@@ -444,7 +444,7 @@ def test_every_generation_of_proxmox_certificates_is_accepted(tmp_path: Path, ge
 def test_strict_check_is_waived_for_proxmox_alone(certificates: lab.Certificates, hub_certificates: lab.Certificates) -> None:
     usual = ssl.create_default_context()
     node, hub = agent.ProxmoxClient(proxmox_config(lab.SimulatedNode(certificates))), lab.SimulatedHub(certificates)
-    contexts = [node._context, agent.HubClient(hub_config(hub), logger=LOG)._context]
+    contexts = [node.context, agent.HubClient(hub_config(hub), logger=LOG).context]
     waived = [usual.verify_flags ^ context.verify_flags for context in contexts if context]
     assert waived == [usual.verify_flags & ssl.VERIFY_X509_STRICT, 0]
     for context in contexts:
