@@ -752,6 +752,8 @@ class Incoming(io.RawIOBase):
 class Answer(http.client.HTTPResponse):
     """An answer of http.client.  Its header is read here: the email package there costs more than all the rest of a call."""
 
+    text = ""  # the body of a success
+
     def begin(self) -> None:
         """Read status line and header; OSError, http.client.HTTPException."""
         self.status = 100
@@ -781,6 +783,21 @@ class Answer(http.client.HTTPResponse):
             if fields.setdefault(name, value) != value and name == "content-length":
                 raise http.client.HTTPException("two lengths")
         raise http.client.HTTPException("too many header lines")
+
+    def read_text(self, limit_bytes: int) -> None:
+        """Read the body of a success; no other is read, so its connection ends.  OSError, ValueError, HTTPException, Failure."""
+        if not 200 <= self.status < 300:
+            self.will_close = True
+            return
+        body = bytearray()
+        # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
+        while len(body) <= limit_bytes and (piece := self.read(65536)):
+            body += piece
+        if len(body) > limit_bytes or (self.length or 0) > limit_bytes:
+            raise Failure("the answer is too large")
+        if self.length:
+            raise http.client.IncompleteRead(b"")
+        self.text = body.decode()
 
 
 class Question(urllib.request.Request):
@@ -824,6 +841,19 @@ class Server(urllib.request.BaseHandler):
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self)
 
+    def _build_context(self, ca_file: str) -> ssl.SSLContext:
+        """Return what checks the server's certificate, chain and host name; ConfigError."""
+        try:
+            # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
+            roots = read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file and not self._pin else None
+            context = trust_all() if self._pin else ssl.create_default_context(cadata=roots)  # _connect compares the pin: stricter
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"{self.facts['section']}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if not self.strict:
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        return context
+
     def fetch(self, path: str, kind: type[Kind], body: bytes | None = None) -> Kind:
         """Return what the answer to a GET says, or to a POST of `body` as JSON; TransportError, HTTPError."""
         question = Question(self.url + path, body)
@@ -836,6 +866,18 @@ class Server(urllib.request.BaseHandler):
         if isinstance(said, AgentError):
             raise said
         return cast(Kind, said)
+
+    def http_open(self, question: Question) -> Exchange:
+        """Return the exchange, with the proxy to which urllib.request has directed the question; ValueError."""
+        if question.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
+            there = urllib.parse.urlsplit(f"//{question.host}")
+            if not there.hostname or there.port == 0:  # urllib.request looks at neither; a port above 65535 raises here
+                raise ValueError("no address")
+            header = "".join(f"{name}: {value}\r\n" for name, value in question.header_items() if name == "Proxy-authorization")
+            self._proxy = question.host, header
+        return self.exchange(question.selector.removeprefix(self._parts.path), question.kind, cast("bytes | None", question.data))
+
+    https_open = http_open
 
     def run(self, exchanges: Iterable[Exchange], in_flight: int) -> Iterator[tuple[int, object]]:
         """Yield the number of each exchange with what its answer says, or the AgentError, in the order in which they come.
@@ -867,89 +909,39 @@ class Server(urllib.request.BaseHandler):
             if self.ends == math.inf:
                 self.close()
 
-    def http_open(self, question: Question) -> Exchange:
-        """Return the exchange, with the proxy to which urllib.request has directed the question; ValueError."""
-        if question.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
-            there = urllib.parse.urlsplit(f"//{question.host}")
-            if not there.hostname or there.port == 0:  # urllib.request looks at neither; a port above 65535 raises here
-                raise ValueError("no address")
-            header = "".join(f"{name}: {value}\r\n" for name, value in question.header_items() if name == "Proxy-authorization")
-            self._proxy = question.host, header
-        return self.exchange(question.selector.removeprefix(self._parts.path), question.kind, cast("bytes | None", question.data))
-
-    https_open = http_open
-
     def exchange(self, path: str, kind: type[object], body: bytes | None = None) -> Exchange:
         """Ask, on a kept connection where there is one, and return what the answer says, of type `kind`; TransportError, HTTPError."""
         deadline = min(time.monotonic() + self._timeout, self.ends)
-        method = "GET" if body is None else "POST"
+        method, length = "GET", ""
+        if body is not None:
+            method, length = "POST", f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         label = f"{method} {path}"
-        length = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
         try:
             kept = self._take_idle()
             try:
-                text = yield from self._talk(kept or self._connect(deadline), label, data, deadline)
+                answer = yield from self._ask(kept or self._connect(deadline), data, deadline)
             except GONE:
                 if kept is None or body is not None:  # what is posted may have been received
                     raise
-                text = yield from self._talk(self._connect(deadline), label, data, deadline)
+                answer = yield from self._ask(self._connect(deadline), data, deadline)
         except (http.client.HTTPException, ValueError) as exc:
             raise self._explain(exc, label, deadline) from None  # they quote the server
         except (OSError, Failure) as exc:
             raise self._explain(exc, label, deadline) from exc
+        if not 200 <= answer.status < 300:
+            reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
+            raise HTTPError(
+                f"{label}: {self._mended(f'{answer.status} {reason}'.rstrip())}",
+                status=answer.status,
+                headline=f"{self.name} answered {answer.status}",
+                retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
+            )
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            said = self.parse(text)
+            said = self.parse(answer.text)
             if isinstance(said, kind):
                 return said
         raise self.other_shape(label)
-
-    def close(self) -> None:
-        """Close the kept connections."""
-        while self._idle:
-            self._idle.pop().close()
-
-    def parse(self, body: str) -> object:
-        """Return what an answer says; ValueError, KeyError or TypeError where it is of another shape than this server's."""
-        return parse_json(body)
-
-    def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
-        """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError, Failure.
-
-        Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
-        very certificate that the first one met, even if it has expired.
-        """
-        context = trust_all()
-        with self._connect(deadline, context) as sock:
-            encoded = cast(ssl.SSLSocket, sock).getpeercert(binary_form=True) or b""
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
-        context.load_verify_locations(cadata=encoded)
-        with self._connect(deadline, context) as sock:
-            return cast(ssl.SSLSocket, sock).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
-
-    def mended(self, text: str) -> str:
-        """Return the words with their mend."""
-        mend = next((mend for words, mend in self.mends.items() if text.startswith(words)), "")
-        return f"{text}; {mend.format(**self.facts)}" if mend else text
-
-    def other_shape(self, label: str, text: str = "") -> TransportError:
-        """Return the error for an answer that this server would not have given."""
-        text = f"{label}: {text or self.misfit}; {NOT_THIS.format(**self.facts)}"
-        return TransportError(text, headline=f"{self.name} answered nonsense")
-
-    def _build_context(self, ca_file: str) -> ssl.SSLContext:
-        """Return what checks the server's certificate, chain and host name; ConfigError."""
-        try:
-            # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
-            roots = read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file and not self._pin else None
-            context = trust_all() if self._pin else ssl.create_default_context(cadata=roots)  # _connect compares the pin: stricter
-        except (OSError, ValueError) as exc:
-            raise ConfigError(f"{self.facts['section']}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if not self.strict:
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        return context
 
     def _take_idle(self) -> socket.socket | None:
         while self._idle:
@@ -985,8 +977,8 @@ class Server(urllib.request.BaseHandler):
             raise
         return sock
 
-    def _talk(self, sock: socket.socket, label: str, data: bytes, deadline: float) -> Generator[tuple[socket.socket, float], None, str]:
-        """Send the question, yield until the answer has begun, and return its body; the connection is kept after a success alone."""
+    def _ask(self, sock: socket.socket, data: bytes, deadline: float) -> Generator[tuple[socket.socket, float], None, Answer]:
+        """Send the question, yield until the answer has begun, and read it; the connection is kept after a success alone."""
         try:
             send(sock, data, deadline)
             incoming = Incoming(sock, deadline, self.limit_bytes + MAX_HEADER_BYTES)
@@ -995,7 +987,7 @@ class Server(urllib.request.BaseHandler):
                     yield sock, deadline
                     answer.fp.peek()
                 answer.begin()
-                body = self._read(answer, label)
+                answer.read_text(self.limit_bytes)
         except BaseException:
             sock.close()
             raise
@@ -1003,41 +995,48 @@ class Server(urllib.request.BaseHandler):
             sock.close()
         else:
             self._idle.append(sock)
-        return body
+        return answer
 
-    def _read(self, answer: Answer, label: str) -> str:
-        """Return the body of a success; HTTPError, and what the layers below raise."""
-        if not 200 <= answer.status < 300:  # the body is not read
-            reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
-            raise HTTPError(
-                f"{label}: {self.mended(f'{answer.status} {reason}'.rstrip())}",
-                status=answer.status,
-                headline=f"{self.name} answered {answer.status}",
-                retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
-            )
-        body = bytearray()
-        # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
-        while len(body) <= self.limit_bytes and (piece := answer.read(65536)):
-            body += piece
-        if len(body) > self.limit_bytes or (answer.length or 0) > self.limit_bytes:
-            raise Failure("the answer is too large")
-        if answer.length:
-            raise http.client.IncompleteRead(b"")
-        return body.decode()
+    def close(self) -> None:
+        """Close the kept connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def parse(self, body: str) -> object:
+        """Return what an answer says; ValueError, KeyError or TypeError where it is of another shape than this server's."""
+        return parse_json(body)
+
+    def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
+        """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError, Failure.
+
+        Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
+        very certificate that the first one met, even if it has expired.
+        """
+        context = trust_all()
+        with self._connect(deadline, context) as sock:
+            encoded = cast(ssl.SSLSocket, sock).getpeercert(binary_form=True) or b""
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+        context.load_verify_locations(cadata=encoded)
+        with self._connect(deadline, context) as sock:
+            return cast(ssl.SSLSocket, sock).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
+
+    def other_shape(self, label: str, text: str = "") -> TransportError:
+        """Return the error for an answer that this server would not have given."""
+        text = f"{label}: {text or self.misfit}; {NOT_THIS.format(**self.facts)}"
+        return TransportError(text, headline=f"{self.name} answered nonsense")
 
     def _explain(self, exc: Exception, label: str, deadline: float) -> TransportError:
         """Return the operator's error for what went wrong."""
-        words = next((words for types, words in FAILURES if isinstance(exc, types)), "")
-        if isinstance(exc, Failure):
-            words = str(exc)
-        elif isinstance(exc, ssl.SSLCertVerificationError):
+        words = str(exc) if isinstance(exc, Failure) else next((words for types, words in FAILURES if isinstance(exc, types)), "")
+        if isinstance(exc, ssl.SSLCertVerificationError):
             words = self._explain_certificate(exc, deadline)
         elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             words = "no TLS there"
         elif isinstance(exc, OSError) and not words:
             words = exc.strerror or type(exc).__name__
         via = f" (through the proxy {self._proxy[0]})" if self._proxy[0] else ""
-        return TransportError(f"{label}: {self._parts.netloc}{via}: {self.mended(words)}", headline=f"{self.name} unreachable")
+        return TransportError(f"{label}: {self._parts.netloc}{via}: {self._mended(words)}", headline=f"{self.name} unreachable")
 
     def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> str:
         """Return what is wrong with a certificate that was refused, with what it says itself."""
@@ -1050,6 +1049,11 @@ class Server(urllib.request.BaseHandler):
         if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
             return f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
         return f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
+
+    def _mended(self, text: str) -> str:
+        """Return the words with their mend."""
+        mend = next((mend for words, mend in self.mends.items() if text.startswith(words)), "")
+        return f"{text}; {mend.format(**self.facts)}" if mend else text
 
 
 # ---- Proxmox client ---------------------------------------------------------------------------------------------------------
