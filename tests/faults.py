@@ -322,7 +322,9 @@ class Breakable(lab.Server):
     _queued: Sequence[socket.socket] = ()
 
     def arm(self, fault: Fault, place: str) -> None:
-        self._path, self._before = PLACES[place], PLACES.get(place_before(place), "")
+        before = ("", *order())
+        self._path = PLACES[place]
+        self._before = PLACES.get(before[before.index(place) - 1], "") if place in before else ""
         self._fault = fault
         self.struck = self.reused = False
         self._connecting = not self._before and fault.level in ("connection", "port")
@@ -518,11 +520,6 @@ def order() -> tuple[str, ...]:
         parts.cycle()
         paths = [request.path.removeprefix(parts.node.base).partition("?")[0] for request in parts.node.requests]
     return tuple(sorted((place for place, path in PLACES.items() if path in paths), key=lambda place: paths.index(PLACES[place])))
-
-
-def place_before(place: str) -> str:
-    places = order()
-    return places[places.index(place) - 1] if place in places[1:] else ""
 
 
 @dataclass(slots=True, kw_only=True)

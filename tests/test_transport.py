@@ -33,10 +33,6 @@ def raw(body: bytes, header: bytes = b"", length: int | None = None) -> bytes:
     return b"HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n%s" % (header, said, body)
 
 
-def status_body(node: lab.SimulatedNode, **changes: object) -> bytes:
-    return json.dumps({"data": {**node.status, **changes}}).encode()
-
-
 @pytest.fixture
 def plain_node() -> Iterator[lab.SimulatedNode]:
     """Without TLS, which loopback addresses may do."""
@@ -166,7 +162,7 @@ def test_surplus_answer_is_not_taken_for_the_next_one(node: lab.SimulatedNode, t
     first = raw(body)
     first = raw(body, b"X-Fill: %s\r\n" % (b"x" * (total - len(first) - 10))) if total else first  # what is read at once ends with it
     assert len(first) == total or not total
-    node.script("/nodes$", lab.Raw(first + raw(status_body(node, uptime=666))))
+    node.script("/nodes$", lab.Raw(first + raw(json.dumps({"data": {**node.status, "uptime": 666}}).encode())))
     host = build_collector(node).collect().host
     assert (host.cpu_usage, host.uptime_seconds) == (0.5, 2574)
 
