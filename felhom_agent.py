@@ -1232,9 +1232,7 @@ class SystemctlProber:
             output = cast(io.FileIO, child.stdout).fileno()
             try:
                 said = b""
-                poller = select.poll()
-                poller.register(output)
-                while len(said) < 256 and poller.poll(seconds_left(deadline) * 1000) and (more := os.read(output, 256)):
+                while len(said) < 256 and select.select([output], [], [], seconds_left(deadline))[0] and (more := os.read(output, 256)):
                     said += more
                 seconds_left(deadline)
                 return said
@@ -1279,21 +1277,19 @@ class LineFormatter(logging.Formatter):
 class StderrHandler(logging.Handler):
     """Writes to standard error, and drops what cannot be written: a log that is full or not read must not stop the heartbeat."""
 
-    patience_ms = 500
+    patience_seconds = 0.5
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, waiting half a second at most, and not again until something has been written."""
         if sys.stderr is None:  # it was closed when we started, and its descriptor may be another file's by now
             return
         with contextlib.suppress(OSError):
-            poller = select.poll()
-            poller.register(2, select.POLLOUT)
             for line in self.format(record).encode("utf-8", "backslashreplace").splitlines(keepends=True):
-                if not poller.poll(self.patience_ms):
-                    self.patience_ms = 0
+                if not select.select([], [2], [], self.patience_seconds)[1]:
+                    self.patience_seconds = 0.0
                     return
                 os.write(2, line if len(line) <= 4096 else line[:4095] + b"\n")  # a pipe that is writable takes that much
-            self.patience_ms = 500
+            self.patience_seconds = 0.5
 
 
 def is_journal(stream: str) -> bool:

@@ -347,7 +347,7 @@ def test_log_that_nobody_reads_is_waited_for_once(stderr: Callable[[int], None])
         os.read(reader, 65536)
     full.emit(record(logging.INFO, "there again"))
     assert os.read(reader, 4096) == b"<6>there again\n"
-    assert full.patience_ms == agent.StderrHandler.patience_ms
+    assert full.patience_seconds == agent.StderrHandler.patience_seconds
     os.close(reader)
     assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
     full.emit(record(logging.INFO, "nobody is there"))
