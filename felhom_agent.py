@@ -456,8 +456,19 @@ def parse_volume_size(volume: object) -> int | None:
 
 
 def figure(parse: Callable[[Any], Any], *path: str) -> Any:
-    """Return a field that `parse` reads from the node's status, where `path` leads."""
-    return field(metadata={"parse": parse, "path": path})
+    """Return a field that `parse` reads from an answer, where `path` leads."""
+
+    def read(answer: object) -> Any:
+        for key in path:
+            answer = parse_object(answer).get(key)
+        return parse(answer)
+
+    return field(default=None, metadata={"read": read})
+
+
+def parse_figures(kind: type[HostMetrics | ControlEnvelope], answer: Mapping[str, object]) -> dict[str, Any]:
+    """Return the figures of `kind` as an answer says them."""
+    return {item.name: item.metadata["read"](answer) for item in dataclasses.fields(kind) if item.metadata}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -593,23 +604,16 @@ class HostReport:
 class ControlEnvelope:
     """The hub's answer.  Only `poll_interval_seconds` is acted on; None is what the hub did not say."""
 
-    poll_interval_seconds: int | None = None
-    blocked: bool | None = None
-    desired_generation: int | None = None
-    has_signed_ops: bool | None = None
+    poll_interval_seconds: int | None = figure(parse_whole, "poll_interval_seconds")
+    blocked: bool | None = figure(parse_flag, "blocked")
+    desired_generation: int | None = figure(parse_whole, "desired_generation")
+    has_signed_ops: bool | None = figure(parse_flag, "has_signed_ops")
 
 
 def build_host(node: str, status: Mapping[str, object], nodes: Iterable[Mapping[str, object]]) -> HostMetrics:
     """Return the node's figures from `/nodes/NODE/status`, and its CPU usage from its own entry in `/nodes`."""
-    figures: dict[str, Any] = {}
-    for item in dataclasses.fields(HostMetrics):
-        value: object = status
-        for key in item.metadata.get("path", ()):
-            value = parse_object(value).get(key)
-        if item.metadata:
-            figures[item.name] = item.metadata["parse"](value)
     usage = parse_number(next((entry.get("cpu") for entry in nodes if entry.get("node") == node), None))
-    return HostMetrics(node=node, cpu_usage=usage if usage is not None and usage <= 1 else None, **figures)
+    return HostMetrics(node=node, cpu_usage=usage if usage is not None and usage <= 1 else None, **parse_figures(HostMetrics, status))
 
 
 def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, object] | None, cpu_count: int | None) -> Guest:
@@ -1424,17 +1428,11 @@ class HubClient(Server):
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's answer; TransportError, HTTPError."""
         document = self.fetch("/api/v1/host-report", dict, report.to_json().encode())
-        wish = document.get("poll_interval_seconds")
-        seconds = parse_whole(wish)
-        ignored = seconds is None and "poll_interval_seconds" in document
-        wrong = f"the hub's poll_interval_seconds is no whole number and is ignored: {clean(json.dumps(wish), self.secrets, 40)}"
+        envelope = ControlEnvelope(**parse_figures(ControlEnvelope, document))
+        ignored = envelope.poll_interval_seconds is None and "poll_interval_seconds" in document
+        wish = clean(json.dumps(document.get("poll_interval_seconds")), self.secrets, 40)
+        wrong = f"the hub's poll_interval_seconds is no whole number and is ignored: {wish}"
         self._changes.tell("interval", wrong if ignored else "", "the hub's poll_interval_seconds is as it should be")
-        envelope = ControlEnvelope(
-            poll_interval_seconds=seconds,
-            blocked=parse_flag(document.get("blocked")),
-            desired_generation=parse_whole(document.get("desired_generation")),
-            has_signed_ops=parse_flag(document.get("has_signed_ops")),
-        )
         self._logger.debug("%s", envelope)
         return envelope
 
