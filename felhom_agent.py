@@ -139,8 +139,6 @@ class Changes:
         """Warn of what is `wrong`, with the traceback of a `bug`; say that it is `right` where nothing is wrong any more."""
         before = self._told.pop(topic, "")
         if wrong:
-            if len(self._told) > 100:  # some topics hold a number that the hub has sent
-                self._told.clear()
             self._told[topic] = wrong
             again = before == wrong
             self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", wrong, exc_info=None if again else bug)
@@ -1532,7 +1530,7 @@ class Loop:
             return
         interval = clamp_poll(wish)
         if interval != wish:
-            self._changes.tell(f"clamp {wish}", f"the hub asks for {wish} s, using {interval} s")
+            self._changes.tell(f"clamp to {interval}", f"the hub asks for {wish} s, using {interval} s")
         if interval != self.interval:
             self._logger.info("interval %d s adopted, it was %d s", interval, self.interval)
             self.interval = interval
