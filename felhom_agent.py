@@ -1491,11 +1491,11 @@ class Loop:
         self._failures = 0
         self._failing_since = (0.0, "")
 
-    def run(self, cycles: int | None = None) -> None:
+    def run(self, cycles: float = math.inf) -> None:
         """Run the first cycle at once and each further one when it is due, `cycles` of them or without end."""
         due = self._clock()
-        while cycles is None or cycles > 0:
-            cycles = None if cycles is None else cycles - 1
+        while cycles > 0:
+            cycles -= 1
             failures = self._failures
             error, status = self.cycle()
             now = self._clock()
