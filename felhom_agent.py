@@ -1265,11 +1265,9 @@ class LineFormatter(logging.Formatter):
         """Return the record as lines, for the journal with their priority in front (sd-daemon(3)), else with time and level."""
         traceback = self.formatException(record.exc_info).split("\n") if record.exc_info else []
         lines = [clean(line, self.secrets, 2000) for line in (record.getMessage(), *traceback)]
-        if not self.journal:
-            return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines) + "\n"
         priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
-        prefix = f"<{priority}>"
-        return prefix + f"\n{prefix}    ".join(lines) + "\n"
+        prefix, head = (f"<{priority}>", "") if self.journal else ("", f"{self.formatTime(record)} {record.levelname} ")
+        return prefix + head + f"\n{prefix}    ".join(lines) + "\n"
 
 
 class StderrHandler(logging.Handler):
