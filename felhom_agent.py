@@ -1290,11 +1290,10 @@ class StderrHandler(logging.Handler):
 
 def is_journal(stream: str) -> bool:
     """Tell whether standard error is the journal's `stream`, $JOURNAL_STREAM of systemd.exec(5)."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.fstat(2)
-    except OSError:
-        return False
-    return stream == f"{status.st_dev}:{status.st_ino}"
+        return stream == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 # ---- collector --------------------------------------------------------------------------------------------------------------
