@@ -187,8 +187,8 @@ def check_url(url: str, *, prefix: bool = False) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return f"must be {form}"
-    if not url or "@" in url or "?" in url or "#" in url:  # not shown: this is where people put passwords
-        return f"must be {form}, without user, query and fragment" if url else "is required"
+    if re.search("[@?#]", url):  # not shown: this is where people put passwords
+        return f"must be {form}, without user, query and fragment"
     if not host or "%" in parts.netloc or not re.fullmatch(r"[!-~]+", url) or (parts.path.strip("/") and not prefix):
         return f"must be {form}, got {clean(url)}"
     return "" if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
@@ -201,7 +201,7 @@ def check_timeout(seconds: int) -> str:
 
 def check_match(pattern: str, meaning: str) -> Callable[[str], str]:
     """Return a check that a text matches `pattern` as a whole; what does not is not shown, it may be a secret in the wrong place."""
-    return lambda text: "" if re.fullmatch(pattern, text) else f"must be {meaning}" if text else "is required"
+    return lambda text: "" if re.fullmatch(pattern, text) else f"must be {meaning}"
 
 
 def setting(default: str | int, check: Callable[[Any], str] = lambda _: "", *, secret: bool = False) -> Any:
@@ -243,7 +243,7 @@ class Section:
         loaded = cls(**values).with_defaults()
         for item in dataclasses.fields(cls):
             if problem := item.metadata["check"](getattr(loaded, item.name)):
-                problems.setdefault(f"{cls.section}.{item.name}", problem)
+                problems.setdefault(f"{cls.section}.{item.name}", problem if getattr(loaded, item.name) != "" else "is required")
         return loaded
 
     def with_defaults(self) -> Self:
