@@ -400,9 +400,9 @@ def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int 
 
 def parse_whole(value: object) -> int | None:
     """Return a JSON whole number, held inside ±MAX_FIGURE; None for all else, a boolean and an inexact float (1e99) included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not abs(value) <= MAX_FIGURE):
-        return None
-    return max(-MAX_FIGURE, min(MAX_FIGURE, int(value))) if value == int(value) else None
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_FIGURE:
+        value = int(value)
+    return max(-MAX_FIGURE, min(MAX_FIGURE, value)) if type(value) is int else None  # a boolean is no integer
 
 
 def parse_flag(value: object) -> bool | None:
