@@ -428,8 +428,8 @@ def parse_version(value: object) -> str | None:
 
 def parse_load(value: object) -> list[float] | None:
     """Return the three load averages, which Proxmox sends as strings; None unless all can be read."""
-    numbers = [number for each in (value if isinstance(value, list) else ()) if (number := parse_number(each)) is not None]
-    return numbers if isinstance(value, list) and len(numbers) == len(value) == 3 else None
+    numbers: list[Any] = [parse_number(each) for each in value] if isinstance(value, list) else []
+    return numbers if len(numbers) == 3 and None not in numbers else None
 
 
 def parse_object(value: object) -> Mapping[str, object]:
