@@ -445,12 +445,11 @@ def parse_volume_size(volume: object) -> int | None:
     first, *options = volume.split(",") if isinstance(volume, str) else ("",)
     if not re.match(r"(volume=)?(/|[^:/]+:)", first):
         return None
-    for option in options:
-        if option.startswith("size="):
-            match = re.fullmatch(r"size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)", option)
-            size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
-            return size if 0 < size <= MAX_FIGURE else None
-    return 0
+    option = next((option for option in options if option.startswith("size=")), None)
+    if option is None:
+        return 0
+    match = re.fullmatch(r"size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)", option)
+    return parse_integer(int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")), 1) if match else None
 
 
 def figure(parse: Callable[[Any], Any], *path: str) -> Any:
