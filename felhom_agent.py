@@ -1535,10 +1535,6 @@ class Loop:
 # ---- command line -----------------------------------------------------------------------------------------------------------
 
 
-class Stop(BaseException):
-    """SIGTERM or SIGINT came; no Exception, so that only `run_daemon` catches it."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 when it worked, 1 when collect or report failed, 2 for usage and configuration."""
     parser = argparse.ArgumentParser(prog="felhom-agent", description="Reports a Proxmox VE node to a hub.", allow_abbrev=False)
@@ -1616,7 +1612,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
     def stop(number: int, _: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda *_: None)  # not SIG_IGN: Python would show a traceback for one that has come already
-        raise Stop(signal.Signals(number).name)
+        raise SystemExit(signal.Signals(number).name)  # no Exception, so nothing else catches it
 
     def tell(status: str, seconds: float) -> None:
         notify_wait(status, seconds + cycle_seconds)
@@ -1627,7 +1623,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
         LOG.info("started version=%s host_id=%s url=%s interval=%d", __version__, config.host_id, config.url, config.poll_seconds)
         tell("first report on its way", 0)
         Loop(collector, hub, config.poll_seconds, logger=LOG, tell=tell).run()
-    except Stop as exc:
+    except SystemExit as exc:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # else Python gives them back their default while it ends
         notify("STOPPING=1")
