@@ -1614,15 +1614,13 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
             signal.signal(each, lambda *_: None)  # not SIG_IGN: Python would show a traceback for one that has come already
         raise SystemExit(signal.Signals(number).name)  # no Exception, so nothing else catches it
 
-    def tell(status: str, seconds: float) -> None:
-        notify_wait(status, seconds + cycle_seconds)
-
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         LOG.info("started version=%s host_id=%s url=%s interval=%d", __version__, config.host_id, config.url, config.poll_seconds)
-        tell("first report on its way", 0)
-        Loop(collector, hub, config.poll_seconds, logger=LOG, tell=tell).run()
+        notify_wait("first report on its way", cycle_seconds)
+        loop = Loop(collector, hub, config.poll_seconds, logger=LOG, tell=lambda status, wait: notify_wait(status, wait + cycle_seconds))
+        loop.run()
     except SystemExit as exc:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # else Python gives them back their default while it ends
