@@ -1332,11 +1332,10 @@ class Collector:
             guests = self._read_guests(listed, host.cpu_count)
         self._changes.tell("nodes", lack, "cpu_usage can be read again")  # only now: where nothing can be read, one line is enough
         cloudflared = Cloudflared(status=self._probe())
-        reported_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return HostReport(
             host_id=self._host_id,
             agent_version=self._agent_version,
-            reported_at=reported_at,
+            reported_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             host=host,
             guests=guests,
             cloudflared=cloudflared,
