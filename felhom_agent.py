@@ -115,7 +115,7 @@ def clean(text: str, secrets: Iterable[str] = (), limit: int = 300) -> str:
     for form in secrets:
         text = text.replace(form, "***")
     text = text if len(text) <= limit else text[:limit] + "…"
-    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def secret_forms(*secrets: str) -> tuple[str, ...]:
