@@ -150,15 +150,15 @@ class Changes:
 
 
 def read_file(path: str) -> tuple[bytes, int]:
-    """Return content and mode bits of a regular file; OSError for anything else, and never a wait."""
+    """Return content and mode bits of a regular file; OSError or ValueError for anything else, and never a wait."""
     # O_NONBLOCK: opening a FIFO would wait for its writer.  O_NOFOLLOW: who can plant a link must not choose what is read.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "is not a regular file")
+            raise ValueError("is not a regular file")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise OSError(errno.EFBIG, f"is larger than {MAX_FILE_BYTES} bytes")
+        raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes")
     return content, mode
 
 
@@ -168,7 +168,7 @@ def explain_file(exc: Exception) -> str:
         return "holds no PEM certificate"
     if isinstance(exc, OSError):
         return "is a symbolic link, name the file itself" if exc.errno == errno.ELOOP else str(exc.strerror)
-    return str(exc)  # of json: what and where, never the content
+    return str(exc)  # of read_file or json: what and where, never the content
 
 
 def is_loopback(host: str | None) -> bool:
