@@ -266,7 +266,7 @@ class ProxmoxConfig(Section):
 
     def with_defaults(self) -> Self:
         """Return it with the short host name as node where none is named."""
-        return self if self.node else dataclasses.replace(self, node=socket.gethostname().partition(".")[0])
+        return dataclasses.replace(self, node=self.node or socket.gethostname().partition(".")[0])
 
 
 def clamp_poll(seconds: int) -> int:
