@@ -1609,9 +1609,9 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
     cycle_seconds = collector.proxmox.collect_seconds + PROBE_SECONDS + config.timeout_seconds + 30
 
     def stop(number: int, _: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: None)  # not SIG_IGN: Python would show a traceback for one that has come already
-        raise SystemExit(signal.Signals(number).name)  # no Exception, so nothing else catches it
+        # Blocked, not ignored: Python restores the default before it has ended.  One that had come already finds it so, and does nothing.
+        if number not in signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)):
+            raise SystemExit(signal.Signals(number).name)  # no Exception, so nothing else catches it
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1621,8 +1621,6 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
         loop = Loop(collector, hub, config.poll_seconds, logger=LOG, tell=lambda status, wait: notify_wait(status, wait + cycle_seconds))
         loop.run()
     except SystemExit as exc:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # else Python gives them back their default while it ends
         notify("STOPPING=1")
         LOG.info("stopped by %s", exc)
     return 0
