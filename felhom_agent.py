@@ -1504,7 +1504,7 @@ class Loop:
         started = self._clock()
         try:
             report = self._collector.collect()
-            self._adopt(self._client.report(report))
+            self._adopt(self._client.report(report).poll_interval_seconds)
         except Exception as exc:  # faults of our own too: the next cycle may do better, an agent that has ended never will
             if not self._failures:
                 self._failing_since = (started, time.strftime("%H:%M"))
@@ -1519,8 +1519,7 @@ class Loop:
         self._logger.debug("report accepted, %d guests", len(report.guests))
         return None, f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
 
-    def _adopt(self, envelope: ControlEnvelope) -> None:
-        wish = envelope.poll_interval_seconds
+    def _adopt(self, wish: int | None) -> None:
         if wish is None:
             return
         interval = clamp_poll(wish)
