@@ -383,19 +383,19 @@ def parse_json(text: str) -> object:
         raise ValueError("nested too deeply") from None
 
 
-def parse_number(value: object) -> float | None:
-    """Return a finite number from 0 up, also from a string as Proxmox sends many; None for all else, a boolean too."""
+def parse_number(value: object, most: int = MAX_FIGURE) -> float | None:
+    """Return a number from 0 to `most`, also from a string as Proxmox sends many; None for all else, a boolean too."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
         value = float(value) if "." in value else int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
         return value  # NaN fails both comparisons
     return None
 
 
 def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int | None:
     """Return a whole number inside the bounds, None for all else."""
-    number = parse_number(value)
-    return int(number) if number is not None and number == int(number) and least <= number <= most else None
+    number = parse_number(value, most)
+    return int(number) if number is not None and number == int(number) and number >= least else None
 
 
 def parse_whole(value: object) -> int | None:
@@ -609,8 +609,8 @@ class ControlEnvelope:
 
 def build_host(node: str, status: Mapping[str, object], nodes: Iterable[Mapping[str, object]]) -> HostMetrics:
     """Return the node's figures from `/nodes/NODE/status`, and its CPU usage from its own entry in `/nodes`."""
-    usage = parse_number(next((entry.get("cpu") for entry in nodes if entry.get("node") == node), None))
-    return HostMetrics(node=node, cpu_usage=usage if usage is not None and usage <= 1 else None, **parse_figures(HostMetrics, status))
+    usage = next((entry.get("cpu") for entry in nodes if entry.get("node") == node), None)
+    return HostMetrics(node=node, cpu_usage=parse_number(usage, 1), **parse_figures(HostMetrics, status))
 
 
 def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, object] | None, cpu_count: int | None) -> Guest:
@@ -621,7 +621,7 @@ def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, ob
     memory = parse_integer(config.get("memory", 512), 1, MAX_FIGURE >> 20)  # MiB; 512 is Proxmox's own default
     disk = parse_volume_size(config["rootfs"]) if "rootfs" in config else 0
     spec = GuestSpec(
-        cores=parse_cores(config["cores"]) if "cores" in config else cpu_count,  # unset: all that the node has
+        cores=parse_cores(config.get("cores", cpu_count)),  # unset: all that the node has
         memory_bytes=None if memory is None else memory << 20,
         disk_bytes=parse_integer(listed.get("maxdisk")) if disk == 0 else disk,
     )
