@@ -590,9 +590,8 @@ class HostReport:
     def to_json(self) -> str:
         """Return the report as compact JSON in ASCII; a `spec` that is not known is left out."""
 
-        def fields(part: HostReport) -> dict[str, object]:
-            pairs = ((name, getattr(part, name)) for name in part.__slots__)
-            return {name: value for name, value in pairs if value is not None or name != "spec"}
+        def fields(part: Any) -> dict[str, object]:
+            return {name: getattr(part, name) for name in part.__slots__ if name != "spec" or part.spec is not None}
 
         return json.dumps(self, default=fields, separators=(",", ":"), allow_nan=False)
 
