@@ -218,10 +218,8 @@ class Section:
     @classmethod
     def load(cls, document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: dict[str, str]) -> Self:
         """Return the section from the file's document and the environment; `problems` gets what is wrong, by section and key."""
-        given = document.get(cls.section, {})
-        if not isinstance(given, dict):
-            problems[cls.section] = "must be an object"
-            given = {}
+        given = document.get(cls.section)
+        given = given if isinstance(given, dict) else {}
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
             value = given.pop(item.name, item.default)
@@ -361,9 +359,10 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{clean(file)}: {explain_file(exc)}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{clean(file)}: must be a JSON object")
-    for key in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
+    known = ("proxmox", "hub", "cloudflared", "authz")
+    for key in document.keys() - known:
         LOG.warning("config: unknown key %s is ignored", clean(key))
-    problems = {} if isinstance(document.get("authz", {}), dict) else {"authz": "must be an object"}
+    problems = {key: "must be an object" for key in known if not isinstance(document.get(key, {}), dict)}
     return Config(
         proxmox=ProxmoxConfig.load(document, environ, file, problems),
         hub=HubConfig.load(document, environ, file, problems),
