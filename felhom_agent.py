@@ -152,7 +152,7 @@ class Changes:
 def read_file(path: str) -> tuple[bytes, int]:
     """Return content and mode bits of a regular file; OSError or ValueError for anything else, and never a wait."""
     # O_NONBLOCK: opening a FIFO would wait for its writer.  O_NOFOLLOW: who can plant a link must not choose what is read.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise ValueError("is not a regular file")
