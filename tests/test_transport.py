@@ -683,7 +683,7 @@ def test_nothing_is_left_after_many_cycles_with_faults(
         collector = build_collector(node)
         client = agent.HubClient(hub_config(hub), logger=LOG)
         ours = []
-        for _ in range(4 if tls else 7):
+        for _ in range(4):
             for match, fault in FAULTS:
                 for server in (node, hub):
                     server.clear_script()
