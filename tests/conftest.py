@@ -12,6 +12,10 @@ from hypothesis import HealthCheck, settings
 
 import lab
 
+# Whoever has pasted the lab's lines into this terminal tests the agent all the same, and not with that configuration.
+for name in [name for name in os.environ if name.startswith("FELHOM_AGENT_") and name != "FELHOM_AGENT_PYZ"]:
+    del os.environ[name]
+
 # The short profile finds the same every time; HYPOTHESIS_PROFILE=long looks further on each run.
 slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
 settings.register_profile("short", max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
