@@ -94,13 +94,18 @@ def run(*command: str | Path, check: bool = True) -> str:
     return done.stdout.strip()
 
 
-def follow_readme(heading: str) -> None:
-    """Run the shell lines below a heading of README.md, to the next heading of any level, as an administrator pastes them."""
+def readme_lines(heading: str, language: str) -> str:
+    """Return the lines in a language below a heading of README.md, to the next heading of any level."""
     sections = re.split(r"^#+ (.+)\n", (HERE / "README.md").read_text("utf-8"), flags=re.MULTILINE)
     section = dict(zip(sections[1::2], sections[2::2], strict=True))[heading]
-    lines = "".join(re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
+    lines = "".join(re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
     assert lines, f"README.md has no lines for {heading}"
-    run("bash", "-euc", lines)
+    return lines
+
+
+def follow_readme(heading: str) -> None:
+    """Run the shell lines below a heading of README.md as an administrator pastes them."""
+    run("bash", "-euc", readme_lines(heading, "sh"))
 
 
 def show(name: str) -> str:
@@ -188,6 +193,17 @@ class Checks:
 
     def test_the_lines_of_the_readme_to_look_at_it_work(self) -> None:
         follow_readme("Look at it")
+
+    def test_the_edit_of_the_readme_shows_each_step(self) -> None:
+        folder = Path("/etc/systemd/system/felhom-agent.service.d")
+        folder.mkdir()
+        (folder / "override.conf").write_text(readme_lines("Look at it", "ini"))  # as `systemctl edit` does
+        after = journal_end()
+        run("systemctl", "daemon-reload")
+        self.report_after(restart)
+        until(lambda: [text for priority, text in journal(after) if priority == 7 and text.startswith("report accepted")], 5)
+        shutil.rmtree(folder)
+        run("systemctl", "daemon-reload")
 
     def test_the_self_tests_of_the_readme_work(self) -> None:
         self.report_after(lambda: follow_readme("Self-tests"))
