@@ -7,8 +7,9 @@ change the interval, between one minute and one hour, and nothing else.
 What it never does: change anything on the node (Proxmox only ever gets GET), write a file, follow a redirect, run a command
 other than `systemctl is-active`, or show its two secrets.  The token's secret goes to Proxmox alone, the API key to the hub alone.
 
-How to read it: top to bottom, each part uses only those above it.  `Collector.collect` is what is read, `HubClient.report` what
-is sent, `next_try` when; `main` at the end ties them together.
+How to read it: top to bottom, each part uses only those above it; `main` at the end ties them together.  A guest comes from
+`ProxmoxClient.list_lxc` and `guest_configs` through `build_guest` into the report of `Collector.collect`, which
+`HubClient.report` sends.  The interval in the answer goes through `Loop._adopt` to `next_try`, which says when to go on.
 """
 
 from __future__ import annotations
