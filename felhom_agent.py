@@ -61,11 +61,12 @@ MAX_IN_FLIGHT: Final = 3
 GUESTS_PER_CONNECTION: Final = 20
 MAX_PROXMOX_BYTES: Final = 8 << 20
 MAX_ENVELOPE_BYTES: Final = 1 << 20
-MAX_GUESTS: Final = 10_000
+MAX_CONTAINERS: Final = 10_000  # objects and arrays in one answer, of which each takes far more memory than its two characters
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_HEADERS: Final = 100  # this and the next as in http.client
 MAX_HEADER_LINE_BYTES: Final = 65536
+PIECE_BYTES: Final = 65536
 MAX_FIGURE: Final = 2**53 - 1  # above it a JSON number is not exact in every language; in bytes it is 8 PiB
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 GRANT: Final = "pveum acl modify / --users {user} --roles PVEAuditor"
@@ -376,7 +377,9 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
 
 
 def parse_json(text: str) -> object:
-    """Return what `text` says; ValueError for all that is no JSON, NaN and nesting without end included."""
+    """Return what `text` says; ValueError for all that is no JSON, NaN and nesting without end included, and for a flood."""
+    if text.count("{") + text.count("[") > MAX_CONTAINERS:
+        raise ValueError("too many objects and arrays")
     try:
         return json.loads(text, parse_constant=int)  # of NaN and the infinities alone: no integers, so int raises
     except RecursionError:
@@ -658,8 +661,21 @@ FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str]]] = (
 )
 
 
+T = TypeVar("T")
+
+
 class Failure(Exception):
     """What went wrong with a request, in words that `mends` may know."""
+
+
+def words_for(exc: Exception) -> str:
+    """Return what to say of what Python raised while a server was asked."""
+    if isinstance(exc, Failure):
+        return str(exc)
+    if isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        return "no TLS there"
+    words = next((words for types, words in FAILURES if isinstance(exc, types)), "")
+    return words or getattr(exc, "strerror", None) or type(exc).__name__
 
 
 def parse_retry_after(value: str, now: float) -> float | None:
@@ -706,39 +722,103 @@ def dial(host: str | None, port: int, deadline: float) -> socket.socket:
     raise failure
 
 
-def send(sock: socket.socket, data: bytes, deadline: float) -> None:
-    """Send all of `data` until `deadline`; OSError."""
-    view = memoryview(data)
-    while view:  # sendall of a TLS socket would give each part the whole time
-        sock.settimeout(seconds_left(deadline))
-        view = view[sock.send(view) :]
+class Channel:
+    """A TCP connection, with TLS from `start_tls` on.
+
+    TLS goes through memory, a piece at a time.  With the socket in its hands OpenSSL reads on by itself for as long as a server
+    floods it with messages of TLS's own, and neither a deadline nor a signal is heard.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.tls: ssl.SSLObject | None = None
+        self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()  # by TLS
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket, for select."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+    def is_quiet(self) -> bool:
+        """Tell whether the connection is open, and nothing has come on it that nobody has read."""
+        return not (self._received.pending or (self.tls and self.tls.pending()) or select.select([self], [], [], 0)[0])
+
+    def start_tls(self, context: ssl.SSLContext, host: str | None, deadline: float) -> ssl.SSLObject:
+        """Shake hands until `deadline`; OSError.  What TLS then has to say goes with the first that is sent."""
+        self.tls = tls = context.wrap_bio(self._received, self._to_send, server_hostname=host)
+
+        def shake_hands() -> bool:
+            tls.do_handshake()
+            return True
+
+        self._step(shake_hands, deadline, wait=True)
+        return tls
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Send all of `data` until `deadline`; OSError."""
+        if self.tls is not None:
+            view = memoryview(data)
+            while view:
+                view = view[self._step(functools.partial(self.tls.write, view), deadline, wait=True) :]
+            data = self._to_send.read()
+        self._sock.settimeout(seconds_left(deadline))  # which bounds sendall as a whole
+        self._sock.sendall(data)
+
+    def receive(self, size: int, deadline: float, *, wait: bool) -> bytes | None:
+        """Return what has come, b"" at the end; OSError.  Without `wait` None where nothing has come yet."""
+        if self.tls is None:
+            return self._receive(size, deadline, wait=wait)
+        return self._step(functools.partial(self.tls.read, size), deadline, wait=wait)
+
+    def _step(self, step: Callable[[], T], deadline: float, *, wait: bool) -> T | None:
+        """Return what a step of TLS gives, having passed on what it has to say; without `wait` it gets one piece and no more."""
+        piece: bytes | None = None
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                return step()
+            if self._to_send.pending:
+                self.send(b"", deadline)
+            if piece and not wait:
+                return None
+            piece = self._receive(PIECE_BYTES, deadline, wait=wait)
+            if piece:
+                self._received.write(piece)
+            elif piece is None:
+                return None
+            else:
+                self._received.write_eof()
+
+    def _receive(self, size: int, deadline: float, *, wait: bool) -> bytes | None:
+        self._sock.settimeout(seconds_left(deadline) if wait else 0)
+        with contextlib.suppress(BlockingIOError):
+            return self._sock.recv(size)
+        return None
 
 
 class Incoming(io.RawIOBase):
-    """What a socket receives until `deadline`, at most `allowance` bytes; nothing is waited for before the answer has `begun`.
+    """What comes on a channel until `deadline`, at most `allowance` bytes; nothing is waited for before the answer has `begun`."""
 
-    A socket's own time-out bounds one call only: a server that sends a byte a second would hold it for ever.
-    """
-
-    def __init__(self, sock: socket.socket, deadline: float, allowance: int, *, begun: bool = False) -> None:
-        self._sock, self._deadline, self._allowance, self.begun = sock, deadline, allowance, begun
+    def __init__(self, channel: Channel, deadline: float, allowance: int, *, begun: bool = False) -> None:
+        self._channel, self._deadline, self._allowance, self.begun = channel, deadline, allowance, begun
 
     def readable(self) -> bool:  # io.BufferedReader asks
         return True
 
     def readinto(self, buffer: Any) -> int | None:
         """Receive what has come; OSError, Failure."""
-        left = seconds_left(self._deadline)
-        self._sock.settimeout(left if self.begun else 0)
-        try:
-            count = self._sock.recv_into(buffer)
-        except (ssl.SSLWantReadError, BlockingIOError):  # TLS has sent something of its own, a session ticket
+        data = self._channel.receive(len(buffer), self._deadline, wait=self.begun)
+        if data is None:
+            seconds_left(self._deadline)  # only now: what has come in time is taken, even if it is read late
             return None
         self.begun = True
-        self._allowance -= count
+        self._allowance -= len(data)
         if self._allowance < 0:
             raise Failure("the answer is too large")
-        return count
+        buffer[: len(data)] = data
+        return len(data)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """Return the file that http.client reads from."""
@@ -748,6 +828,7 @@ class Incoming(io.RawIOBase):
 class Answer(http.client.HTTPResponse):
     """An answer of http.client.  Its header is read here: the email package there costs more than all the rest of a call."""
 
+    fp: Any = None  # for http.client's own clean-up, where a signal comes before there is a file
     text = ""  # the body of a success
 
     def begin(self) -> None:
@@ -759,7 +840,10 @@ class Answer(http.client.HTTPResponse):
         length = self.fields.get("content-length", "")
         if not re.fullmatch(r"[0-9]{0,15}", length):
             raise http.client.HTTPException("content-length")
-        self.chunked = self.status not in (204, 304) and self.fields.get("transfer-encoding", "").lower() == "chunked"
+        coding = self.fields.get("transfer-encoding", "").lower()
+        if coding not in ("", "chunked"):
+            raise http.client.HTTPException("transfer-encoding")
+        self.chunked = self.status not in (204, 304) and coding == "chunked"
         self.chunk_left = None
         self.length = 0 if self.status in (204, 304) else int(length) if length and not self.chunked else None
         keeps = self.fields.get("connection", "" if version == "HTTP/1.1" else "close").lower() != "close"
@@ -802,9 +886,8 @@ class Question(urllib.request.Request):
     kind: type[object] = object
 
 
-Kind = TypeVar("Kind")
 # A question under way: yields where and until when its answer is waited for, and returns what the answer says.
-Exchange = Generator[tuple[socket.socket, float], None, object]
+Exchange = Generator[tuple[Channel, float], None, object]
 
 
 class Server(urllib.request.BaseHandler):
@@ -833,7 +916,7 @@ class Server(urllib.request.BaseHandler):
             "Accept: application/json\r\nAccept-Encoding: identity\r\n"
         )
         self._proxy = ("", "")  # its address, and a header line for it
-        self._idle: list[socket.socket] = []
+        self._idle: list[Channel] = []
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self)
 
@@ -850,24 +933,25 @@ class Server(urllib.request.BaseHandler):
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         return context
 
-    def fetch(self, path: str, kind: type[Kind], body: bytes | None = None) -> Kind:
+    def fetch(self, path: str, kind: type[T], body: bytes | None = None) -> T:
         """Return what the answer to a GET says, or to a POST of `body` as JSON; TransportError, HTTPError."""
         question = Question(self.url + path, body)
         question.kind = kind
         try:
             exchange: Exchange = self.opener.open(question)
         except ValueError:  # it quotes the address, which may hold a password
-            raise self._explain(Failure("the proxy's address cannot be used"), path, 0) from None
+            raise self._explain(Failure("the proxy's address cannot be used"), f"{question.get_method()} {path}", 0) from None
         ((_, said),) = self.run([exchange], 1)
         if isinstance(said, AgentError):
             raise said
-        return cast(Kind, said)
+        return cast(T, said)
 
     def http_open(self, question: Question) -> Exchange:
         """Return the exchange, with the proxy to which urllib.request has directed the question; ValueError."""
         if question.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
-            there = urllib.parse.urlsplit(f"//{question.host}")
-            if not there.hostname or there.port == 0:  # urllib.request looks at neither; a port above 65535 raises here
+            there = urllib.parse.urlsplit(f"//{question.host}")  # urllib.request looks neither at it nor for what is not escaped
+            unescaped = re.search(r"@.*@|//[^/@]*/.*@", urllib.request.getproxies().get("https", ""))  # and would make it the host
+            if unescaped or not there.hostname or there.port == 0:  # a port above 65535 raises here
                 raise ValueError("no address")
             header = "".join(f"{name}: {value}\r\n" for name, value in question.header_items() if name == "Proxy-authorization")
             self._proxy = question.host, header
@@ -881,20 +965,20 @@ class Server(urllib.request.BaseHandler):
         One thread asks on several connections and reads whichever answers first, so a slow answer holds no other up.
         """
         todo = enumerate(exchanges)
-        waiting: dict[socket.socket, tuple[float, int, Exchange]] = {}
+        waiting: dict[Channel, tuple[float, int, Exchange]] = {}
         try:
             while True:
                 if len(waiting) < in_flight and (item := next(todo, None)):
                     number, exchange = item
                 elif waiting:
-                    first = min(waiting, key=lambda sock: waiting[sock][0])  # where none answers in time, it has failed
+                    first = min(waiting, key=lambda channel: waiting[channel][0])  # where none answers in time, it has failed
                     ready, _, _ = select.select(waiting, [], [], max(0.0, waiting[first][0] - time.monotonic()))
                     _, number, exchange = waiting.pop(ready[0] if ready else first)
                 else:
                     return
                 try:
-                    sock, deadline = next(exchange)
-                    waiting[sock] = deadline, number, exchange
+                    channel, deadline = next(exchange)
+                    waiting[channel] = deadline, number, exchange
                 except StopIteration as done:
                     yield number, done.value
                 except AgentError as exc:
@@ -939,58 +1023,67 @@ class Server(urllib.request.BaseHandler):
                 return said
         raise self.other_shape(label)
 
-    def _take_idle(self) -> socket.socket | None:
+    def _take_idle(self) -> Channel | None:
         while self._idle:
-            sock = self._idle.pop()
-            if not select.select([sock], [], [], 0)[0] and not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
-                return sock
-            sock.close()  # the server has closed it, or sent what nobody asked for, which would pass for the next answer
+            channel = self._idle.pop()
+            if channel.is_quiet():
+                return channel
+            channel.close()  # the server has closed it, or sent what nobody asked for, which would pass for the next answer
         return None
 
-    def _connect(self, deadline: float, context: ssl.SSLContext | None = None) -> socket.socket:
-        """Connect, through the proxy's tunnel if there is one, and shake hands; OSError, http.client.HTTPException, Failure."""
+    def _reach(self, deadline: float) -> Channel:
+        """Connect, through the proxy's tunnel if there is one; OSError, Failure."""
         usual = 443 if self.context else 80
         proxy, header = self._proxy
-        there = urllib.parse.urlsplit(f"//{proxy}") if proxy else self._parts
-        sock = dial(there.hostname, there.port or usual, deadline)
-        try:
-            if proxy:
-                tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:{usual}"
-                send(sock, f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{header}\r\n".encode("latin-1"), deadline)
-                with Answer(Incoming(sock, deadline, MAX_HEADER_BYTES, begun=True)) as answer:  # type: ignore[arg-type]
+        if not proxy:
+            return Channel(dial(self._parts.hostname, self._parts.port or usual, deadline))
+        there = urllib.parse.urlsplit(f"//{proxy}")
+        tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:{usual}"
+        with contextlib.ExitStack() as undone:
+            try:
+                channel = Channel(dial(there.hostname, there.port or usual, deadline))
+                undone.callback(channel.close)
+                channel.send(f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{header}\r\n".encode("latin-1"), deadline)
+                with Answer(Incoming(channel, deadline, MAX_HEADER_BYTES, begun=True)) as answer:  # type: ignore[arg-type]
                     answer.begin()
-                    if answer.status != 200:
-                        raise Failure("the proxy does not let us through")
+            except (OSError, ValueError, http.client.HTTPException) as exc:
+                raise Failure(f"the proxy cannot be used: {words_for(exc)}") from None
+            if answer.status != 200:
+                raise Failure("the proxy does not let us through")
+            undone.pop_all()
+        return channel
+
+    def _connect(self, deadline: float, context: ssl.SSLContext | None = None) -> Channel:
+        """Connect and shake hands; OSError, Failure."""
+        channel = self._reach(deadline)
+        with contextlib.ExitStack() as undone:
+            undone.callback(channel.close)
             if self.context is not None:
-                tls = (context or self.context).wrap_socket(sock, server_hostname=self._parts.hostname, do_handshake_on_connect=False)
-                sock = tls
-                sock.settimeout(seconds_left(deadline))  # which bounds a handshake as a whole
-                tls.do_handshake()
+                tls = channel.start_tls(context or self.context, self._parts.hostname, deadline)
                 if self._pin and context is None and hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest() != self._pin:
                     raise Failure("the certificate is not the pinned one")
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+            undone.pop_all()
+        return channel
 
-    def _ask(self, sock: socket.socket, data: bytes, deadline: float) -> Generator[tuple[socket.socket, float], None, Answer]:
+    def _ask(self, channel: Channel, data: bytes, deadline: float) -> Generator[tuple[Channel, float], None, Answer]:
         """Send the question, yield until the answer has begun, and read it; the connection is kept after a success alone."""
         try:
-            send(sock, data, deadline)
-            incoming = Incoming(sock, deadline, self.limit_bytes + MAX_HEADER_BYTES)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who refuses a report may do so before he has read it all
+                channel.send(data, deadline)
+            incoming = Incoming(channel, deadline, self.limit_bytes + MAX_HEADER_BYTES)
             with Answer(incoming) as answer:  # type: ignore[arg-type]  # makefile is all it asks of a socket
                 while not incoming.begun:
-                    yield sock, deadline
+                    yield channel, deadline
                     answer.fp.peek()
                 answer.begin()
                 answer.read_text(self.limit_bytes)
         except BaseException:
-            sock.close()
+            channel.close()
             raise
         if answer.will_close:
-            sock.close()
+            channel.close()
         else:
-            self._idle.append(sock)
+            self._idle.append(channel)
         return answer
 
     def close(self) -> None:
@@ -1003,19 +1096,19 @@ class Server(urllib.request.BaseHandler):
         return parse_json(body)
 
     def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
-        """Return what the server's certificate says (as ssl.SSLSocket.getpeercert) and its SHA-256; OSError, ValueError, Failure.
+        """Return what the server's certificate says (as ssl.SSLObject.getpeercert) and its SHA-256; OSError, ValueError, Failure.
 
         Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
         very certificate that the first one met, even if it has expired.
         """
         context = trust_all()
-        with self._connect(deadline, context) as sock:
-            encoded = cast(ssl.SSLSocket, sock).getpeercert(binary_form=True) or b""
+        with contextlib.closing(self._connect(deadline, context)) as channel:
+            encoded = cast(ssl.SSLObject, channel.tls).getpeercert(binary_form=True) or b""
         context.verify_mode = ssl.CERT_REQUIRED
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
         context.load_verify_locations(cadata=encoded)
-        with self._connect(deadline, context) as sock:
-            return cast(ssl.SSLSocket, sock).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
+        with contextlib.closing(self._connect(deadline, context)) as channel:
+            return cast(ssl.SSLObject, channel.tls).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
 
     def other_shape(self, label: str, text: str = "") -> TransportError:
         """Return the error for an answer that this server would not have given."""
@@ -1024,14 +1117,8 @@ class Server(urllib.request.BaseHandler):
 
     def _explain(self, exc: Exception, label: str, deadline: float) -> TransportError:
         """Return the operator's error for what went wrong."""
-        words = str(exc) if isinstance(exc, Failure) else next((words for types, words in FAILURES if isinstance(exc, types)), "")
-        if isinstance(exc, ssl.SSLCertVerificationError):
-            words = self._explain_certificate(exc, deadline)
-        elif isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-            words = "no TLS there"
-        elif isinstance(exc, OSError) and not words:
-            words = exc.strerror or type(exc).__name__
-        via = f" (through the proxy {self._proxy[0]})" if self._proxy[0] else ""
+        words = self._explain_certificate(exc, deadline) if isinstance(exc, ssl.SSLCertVerificationError) else words_for(exc)
+        via = f" (through the proxy {clean(self._proxy[0])})" if self._proxy[0] else ""
         return TransportError(f"{label}: {self._parts.netloc}{via}: {self._mended(words)}", headline=f"{self.name} unreachable")
 
     def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> str:
@@ -1361,8 +1448,6 @@ class Collector:
             if vmid is None:  # to leave it out would claim that it does not exist
                 raise self.proxmox.other_shape(f"GET {path}", "a guest without a vmid")
             listed.setdefault(vmid, entry)
-        if len(listed) > MAX_GUESTS:
-            raise self.proxmox.other_shape(f"GET {path}", f"more than {MAX_GUESTS} guests")
         # Proxmox leaves out what the token may not see and says nothing, so an empty list alone does not mean no guests.
         if not listed and not self._diagnose():
             text = f"GET {path}: an empty list, and the token is not known to have VM.Audit on /vms; {GRANT.format(user=self.proxmox.user)}"

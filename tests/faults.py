@@ -75,6 +75,7 @@ class Fault:
 OK: Final = b"HTTP/1.1 200 OK\r\n"
 CHUNKED: Final = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 SERVER_HELLO: Final = b"\x16\x03\x03\x00\x7a\x02\x00"  # its first bytes
+HELLO_REQUEST: Final = b"\x16\x03\x03\x00\x04\x00\x00\x00\x00"  # which a client passes over while it shakes hands
 EVERYWHERE: Final = frozenset(PLACES)
 HUB: Final = frozenset({"hub"})
 UNLISTED: Final = EVERYWHERE - {"list"}  # a guest without a vmid is an error there, and a figure not known elsewhere
@@ -123,6 +124,7 @@ BROKEN_CONNECTIONS: Final = (
     Fault("accepts and resets", level="connection", ending="reset"),
     Fault("TLS handshake stalls", SERVER_HELLO, "silence", level="connection"),
     Fault("TLS handshake drips", SERVER_HELLO, "silence", b"\0", 0.05, level="connection"),
+    Fault("TLS handshake floods", level="connection", again=HELLO_REQUEST * 7281),
     Fault("TLS handshake is cut", SERVER_HELLO, level="connection"),
     Fault("TLS alert", b"\x15\x03\x03\x00\x02\x02\x28", level="connection"),
     Fault("plain HTTP", reply(b"speak TLS", status="400 Bad Request"), level="connection"),
@@ -163,6 +165,7 @@ BROKEN_CONNECTIONS: Final = (
     Fault("Content-Length twice, different", headed("Content-Length: @LENGTH@", "Content-Length: 1")),
     Fault("Content-Length twice, the same", headed("Content-Length: @LENGTH@", "Content-Length: @LENGTH@"), "close", used=EVERYWHERE),
     Fault("no Content-Length", headed(), "close", used=EVERYWHERE),
+    Fault("no Content-Length, cut", headed()),
     Fault("100 MiB announced", headed(f"Content-Length: {100 << 20}"), again=b" " * 65536),
     Fault("100 MiB sent", OK + b"\r\n", again=b" " * 65536),
     Fault("body without end", OK + b'\r\n{"data":[', again=b"1," * 32768),
@@ -179,6 +182,7 @@ BROKEN_CONNECTIONS: Final = (
     Fault("chunks without end", CHUNKED, again=b"1000\r\n" + b" " * 4096 + b"\r\n"),
     Fault("small chunks without end", CHUNKED, again=b"1\r\n \r\n" * 8192),
     Fault("trailers without end", lambda right: CHUNKED + chunks(right) + b"0\r\n", again=b"Trailer: x\r\n" * 4096),
+    Fault("coded and chunked", OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n", "close"),
     Fault("chunked twice", lambda right: OK + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + chunks(right) + b"0\r\n\r\n"),
     # headers
     Fault("headers without end", OK, again=b"X-Flood: flood\r\n" * 4096),

@@ -189,9 +189,10 @@ def test_late_guest_does_not_hold_the_others_up(certificates: lab.Certificates, 
     assert [guest.vmid for guest in report.guests if guest.status == "unknown"] == []
 
 
-def test_hanging_guest_is_the_only_one_that_is_unknown(certificates: lab.Certificates) -> None:
+@pytest.mark.parametrize("answer", [lab.Stall(), lab.Drip(raw(b'{"data":{}}'))], ids=["not-begun", "begun"])
+def test_hanging_guest_is_the_only_one_that_is_unknown(certificates: lab.Certificates, answer: lab.Answer) -> None:
     with lab.SimulatedNode(certificates, guests=lab.many_guests(60)) as node:
-        node.script("/nodes/pve1/lxc/130/", lab.Forever(lab.Stall()))
+        node.script("/nodes/pve1/lxc/130/", lab.Forever(answer))
         report = build_collector(node, timeout_seconds=SOON).collect()
     assert [guest.vmid for guest in report.guests if guest.status == "unknown"] == [130]
 
@@ -401,6 +402,30 @@ def test_broken_answer_is_a_transport_error(plain_hub: lab.SimulatedHub, data: b
         report_to(plain_hub)
 
 
+@pytest.mark.parametrize("status", [413, 429])
+def test_refusal_is_heard_before_the_report_is_read(status: int) -> None:
+    def talk(connection: socket.socket) -> None:
+        connection.recv(100)
+        connection.sendall(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status)
+
+    large = dataclasses.replace(REPORT, host_id="x" * (8 << 20))
+    with raw_server(talk) as port, pytest.raises(agent.HTTPError, match=f"POST /api/v1/host-report: {status} No"):
+        agent.HubClient(hub_config(lab.SimulatedHub(None), url=f"http://127.0.0.1:{port}"), logger=LOG).report(large)
+
+
+class Interrupted(socket.socket):
+    """A signal comes as soon as somebody wants to read."""
+
+    def makefile(self, *_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_answer_that_a_signal_cuts_off_at_its_making_says_nothing() -> None:
+    with Interrupted() as sock, pytest.raises(KeyboardInterrupt):
+        agent.Answer(sock)
+    gc.collect()  # http.client's clean-up: pytest makes an error of what is raised there
+
+
 # --- redirects ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -603,21 +628,40 @@ def test_hub_behind_the_proxy_must_bear_its_name(far_hub: lab.SimulatedHub, prox
     [
         pytest.param(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "the proxy does not let us through", id="407"),
         pytest.param(b"HTTP/1.1 301 Moved\r\nLocation: https://127.0.0.1/\r\n\r\n", "the proxy does not let us through", id="redirect"),
-        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", "no answer in HTTP", id="no-http"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", "the proxy cannot be used: no answer in HTTP", id="no-http"),
     ],
 )
 def test_proxy_that_refuses_is_named_and_its_password_is_not(
     far_hub: lab.SimulatedHub, proxy: Proxy, answer: bytes, complaint: str
 ) -> None:
     proxy.answer = answer
-    with pytest.raises(agent.TransportError, match=complaint) as caught:
+    with pytest.raises(agent.TransportError, match=f"through the proxy 127.0.0.1:{proxy.port}.*{complaint}; check https_proxy") as caught:
         report_to(far_hub, url=FAR)
     assert far_hub.requests == []
     assert "pass" not in str(caught.value)
 
 
+def test_proxy_that_is_not_there_is_named(far_hub: lab.SimulatedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{free.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(agent.TransportError, match="the proxy cannot be used: connection refused; check https_proxy and no_proxy"):
+        report_to(far_hub, url=FAR)
+
+
 @pytest.mark.parametrize(
-    "address", ["http://", "http:/secret", "http://:3128", "http://127.0.0.1:99999", "http://127.0.0.1:0", "http://127.0.0.1:secret"]
+    "address",
+    [
+        "http://",
+        "http:/secret",
+        "http://:3128",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:secret",
+        "http://operator:p@secret/1@127.0.0.1:3128",
+        "http://operator:p/secret@127.0.0.1:3128",
+        "http://operator:p@secret@127.0.0.1:3128",
+    ],
 )
 def test_proxy_without_a_usable_address_is_told_and_never_passed_over(
     far_hub: lab.SimulatedHub, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, resolve: Addresses, address: str
