@@ -733,14 +733,7 @@ class Channel:
         self._sock = sock
         self.tls: ssl.SSLObject | None = None
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()  # by TLS
-
-    def fileno(self) -> int:
-        """Return the descriptor of the socket, for select."""
-        return self._sock.fileno()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._sock.close()
+        self.fileno, self.close = sock.fileno, sock.close
 
     def is_quiet(self) -> bool:
         """Tell whether the connection is open, and nothing has come on it that nobody has read."""
