@@ -649,13 +649,13 @@ MENDS: Final[Mapping[str, str]] = {
     "3": "set {section}.url to the address itself, nothing is followed",
 }
 # What shows that the server has closed a kept connection meanwhile; the question is then asked once more on a new one.
-GONE: Final = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+GONE: Final = (ConnectionResetError, BrokenPipeError)
 # The words for what Python raises; the first type that fits counts.
 FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str]]] = (
     ((TimeoutError,), "no complete answer in time"),
     ((socket.gaierror,), "the name cannot be resolved"),
     ((ConnectionRefusedError,), "connection refused"),
-    ((ConnectionError, *GONE, http.client.IncompleteRead), "the connection was closed before the answer was complete"),
+    ((ConnectionError, ssl.SSLZeroReturnError, http.client.IncompleteRead), "the connection was closed before the answer was complete"),
     ((ssl.SSLError,), "TLS failed"),
     ((http.client.HTTPException, ValueError), "no answer in HTTP"),
 )
@@ -777,12 +777,11 @@ class Channel:
             if piece and not wait:
                 return None
             piece = self._receive(PIECE_BYTES, deadline, wait=wait)
-            if piece:
-                self._received.write(piece)
-            elif piece is None:
+            if piece is None:
                 return None
-            else:
-                self._received.write_eof()
+            if not piece:
+                raise ConnectionResetError(errno.ECONNRESET, "closed without the end of TLS")
+            self._received.write(piece)
 
     def _receive(self, size: int, deadline: float, *, wait: bool) -> bytes | None:
         self._sock.settimeout(seconds_left(deadline) if wait else 0)
