@@ -735,9 +735,13 @@ class Channel:
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()  # by TLS
         self.fileno, self.close = sock.fileno, sock.close
 
+    def has_more(self) -> bool:
+        """Tell whether TLS holds what has come and nobody has read: select knows of the socket alone."""
+        return bool(self._received.pending or (self.tls and self.tls.pending()))
+
     def is_quiet(self) -> bool:
         """Tell whether the connection is open, and nothing has come on it that nobody has read."""
-        return not (self._received.pending or (self.tls and self.tls.pending()) or select.select([self], [], [], 0)[0])
+        return not self.has_more() and not select.select([self], [], [], 0)[0]
 
     def start_tls(self, context: ssl.SSLContext, host: str | None, deadline: float) -> ssl.SSLObject:
         """Shake hands until `deadline`; OSError.  What TLS then has to say goes with the first that is sent."""
@@ -770,10 +774,14 @@ class Channel:
         """Return what a step of TLS gives, having passed on what it has to say; without `wait` it gets one piece and no more."""
         piece: bytes | None = None
         while True:
-            with contextlib.suppress(ssl.SSLWantReadError):
+            try:
                 return step()
-            if self._to_send.pending:
-                self.send(b"", deadline)
+            except ssl.SSLError as exc:
+                if self._to_send.pending:  # a message of its own, or the alert that tells the server what is wrong
+                    with contextlib.suppress(OSError):
+                        self.send(b"", deadline)
+                if not isinstance(exc, ssl.SSLWantReadError):
+                    raise
             if piece and not wait:
                 return None
             piece = self._receive(PIECE_BYTES, deadline, wait=wait)
@@ -1038,7 +1046,7 @@ class Server(urllib.request.BaseHandler):
                 channel.send(f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{header}\r\n".encode("latin-1"), deadline)
                 with Answer(Incoming(channel, deadline, MAX_HEADER_BYTES, begun=True)) as answer:  # type: ignore[arg-type]
                     answer.begin()
-            except (OSError, ValueError, http.client.HTTPException) as exc:
+            except (Failure, OSError, ValueError, http.client.HTTPException) as exc:
                 raise Failure(f"the proxy cannot be used: {words_for(exc)}") from None
             if answer.status != 200:
                 raise Failure("the proxy does not let us through")
@@ -1065,7 +1073,8 @@ class Server(urllib.request.BaseHandler):
             incoming = Incoming(channel, deadline, self.limit_bytes + MAX_HEADER_BYTES)
             with Answer(incoming) as answer:  # type: ignore[arg-type]  # makefile is all it asks of a socket
                 while not incoming.begun:
-                    yield channel, deadline
+                    if not channel.has_more():
+                        yield channel, deadline
                     answer.fp.peek()
                 answer.begin()
                 answer.read_text(self.limit_bytes)
@@ -1120,7 +1129,8 @@ class Server(urllib.request.BaseHandler):
         except (OSError, ValueError, http.client.HTTPException, Failure):
             said = {}
         if exc.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-            return f"the certificate is for {clean(', '.join(str(name) for _, name in said.get('subjectAltName', ())))}"
+            names = ", ".join(str(name) for _, name in said.get("subjectAltName", ()))
+            return f"the certificate is for {clean(names) or 'another host'}"
         if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
             return f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
         return f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"

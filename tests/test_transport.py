@@ -12,6 +12,7 @@ import socket
 import socketserver
 import ssl
 import threading
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
@@ -474,6 +475,46 @@ def test_strict_check_is_waived_for_proxmox_alone(certificates: lab.Certificates
         assert context.minimum_version == ssl.TLSVersion.TLSv1_2
 
 
+def answer_at_once(connection: socket.socket, context: ssl.SSLContext) -> None:
+    """Shake hands as a server of TLS 1.2, and send with the last of it an answer to what has not been asked yet."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=True)
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            connection.sendall(outgoing.read())
+            incoming.write(connection.recv(65536))
+    tls.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+    connection.sendall(outgoing.read())
+    connection.recv(65536)
+    connection.recv(65536)  # the client leaves
+
+
+def test_answer_with_the_end_of_the_handshake_is_seen(certificates: lab.Certificates) -> None:
+    context = certificates.server_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    began = time.monotonic()
+    with raw_server(lambda connection: answer_at_once(connection, context)) as port, pytest.raises(agent.HTTPError, match="503 Busy"):
+        status_of(lab.SimulatedNode(certificates), url=f"https://127.0.0.1:{port}", timeout_seconds=3)
+    assert time.monotonic() - began < 2  # and not only when the time is over
+
+
+def test_server_is_told_why_its_certificate_is_refused(certificates: lab.Certificates, hub_certificates: lab.Certificates) -> None:
+    told: list[str] = []
+
+    def talk(connection: socket.socket) -> None:
+        try:
+            certificates.server_context().wrap_socket(connection, server_side=True).recv(1)
+        except ssl.SSLError as exc:
+            told.append(str(exc.reason))
+
+    with raw_server(talk) as port, pytest.raises(agent.TransportError, match="is not signed"):
+        status_of(lab.SimulatedNode(hub_certificates), url=f"https://127.0.0.1:{port}", timeout_seconds=SOON)
+    assert told == ["TLSV1_ALERT_UNKNOWN_CA"]
+
+
 REFUSED = [
     pytest.param(
         {"names": ["pve1.example.lan", "192.0.2.7"]},
@@ -629,6 +670,7 @@ def test_hub_behind_the_proxy_must_bear_its_name(far_hub: lab.SimulatedHub, prox
         pytest.param(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "the proxy does not let us through", id="407"),
         pytest.param(b"HTTP/1.1 301 Moved\r\nLocation: https://127.0.0.1/\r\n\r\n", "the proxy does not let us through", id="redirect"),
         pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", "the proxy cannot be used: no answer in HTTP", id="no-http"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n" + b"X: %s\r\n" % (b"x" * 60_000) * 20, "the answer is too large", id="too-large"),
     ],
 )
 def test_proxy_that_refuses_is_named_and_its_password_is_not(
