@@ -962,7 +962,8 @@ class Server(urllib.request.BaseHandler):
     def run(self, exchanges: Iterable[Exchange], in_flight: int) -> Iterator[tuple[int, object]]:
         """Yield the number of each exchange with what its answer says, or the AgentError, in the order in which they come.
 
-        One thread asks on several connections and reads whichever answers first, so a slow answer holds no other up.
+        One thread asks on several connections and reads whichever begins to answer first, so a slow one holds no other up.  One that
+        stops in the middle does, until its time is over, but costs the others nothing: they are read then.
         """
         todo = enumerate(exchanges)
         waiting: dict[Channel, tuple[float, int, Exchange]] = {}
