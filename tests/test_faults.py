@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
@@ -112,17 +113,18 @@ def test_flood_does_not_fill_the_memory(fault: faults.Fault, certificates: lab.C
 
 def test_memory_stays_flat(certificates: lab.Certificates, hub_certificates: lab.Certificates) -> None:
     def resident_bytes() -> int:
+        gc.collect()  # as the agent does before it waits
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     heavy = [fault for fault in faults.FAULTS if fault.name in ("body without end", "gzip bomb", "100,000 brackets", "header of 1 MiB")]
     assert len(heavy) == 4
     sizes = []
-    for _ in range(3):
+    for _ in range(5):
         for fault in heavy:
             for place in ("list", "hub"):
                 faults.visit(fault, place, "", certificates, hub_certificates)
         sizes.append(resident_bytes())
-    assert sizes[-1] - sizes[0] < 16 << 20
+    assert sizes[-1] - sizes[2] < 16 << 20  # the first rounds fill the pools of Python and of the C library
 
 
 # --- the machine --------------------------------------------------------------------------------------------------------------------
