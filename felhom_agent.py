@@ -1694,19 +1694,24 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
     # What a cycle may take at most: its bounds, and as much again as the name resolution may take and a busy host needs.
     cycle_seconds = collector.proxmox.collect_seconds + PROBE_SECONDS + config.timeout_seconds + 30
 
+    names: list[str] = []
+
     def stop(number: int, _: object) -> None:
+        names.append(signal.Signals(number).name)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # and once more: what is raised in the middle of a finalizer is lost
         # Blocked, not ignored: Python restores the default before it has ended.  One that had come already finds it so, and does nothing.
         if number not in signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)):
-            raise SystemExit(signal.Signals(number).name)  # no Exception, so nothing else catches it
+            raise SystemExit(names[0])  # no Exception, so nothing else catches it
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, stop)
         LOG.info("started version=%s host_id=%s url=%s interval=%d", __version__, config.host_id, config.url, config.poll_seconds)
         notify_wait("first report on its way", cycle_seconds)
         loop = Loop(collector, hub, config.poll_seconds, logger=LOG, tell=lambda status, wait: notify_wait(status, wait + cycle_seconds))
         loop.run()
     except SystemExit as exc:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         notify("STOPPING=1")
         LOG.info("stopped by %s", exc)
     return 0

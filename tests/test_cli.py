@@ -366,6 +366,31 @@ def test_signal_ends_the_wait_for_proxmox(
     assert_ends(daemon, number)
 
 
+# The command line as it is, but for a wait in which a signal comes while an object is finalized: what is raised there is lost.
+FINALIZED: Final = """
+import functools, os, signal, sys, time
+import felhom_agent as agent
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def wait(seconds):
+    Finalized()
+    time.sleep(seconds)
+
+agent.Loop = functools.partial(agent.Loop, wait=wait)
+sys.exit(agent.main(sys.argv[1:]))
+"""
+
+
+def test_signal_in_a_finalizer_ends_it_too(agent_config: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+    command = [sys.executable, "-c", FINALIZED, "--config", str(agent_config)]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=10, check=True)
+    assert done.stderr.splitlines()[-1].endswith(" INFO stopped by SIGTERM")
+
+
 @SIGNALS
 def test_signal_ends_the_wait_for_the_hub(start: Start, agent_config: Path, hub: lab.SimulatedHub, number: signal.Signals) -> None:
     hub.script("", lab.Forever(lab.Stall()))

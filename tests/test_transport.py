@@ -521,6 +521,7 @@ REFUSED = [
         "the certificate is for pve1.example.lan, 192.0.2.7; use one of these names in proxmox.url",
         id="wrong-name",
     ),
+    pytest.param({"names": []}, "the certificate is for another host; use one of these names in proxmox.url", id="nameless"),
     pytest.param(
         {"not_before_days": -30, "days": 10}, "the certificate is .*valid.* from .* to .*; renew it, or set the clock", id="expired"
     ),
