@@ -799,7 +799,10 @@ class Channel:
 
 
 class Incoming(io.RawIOBase):
-    """What comes on a channel until `deadline`, at most `allowance` bytes; nothing is waited for before the answer has `begun`."""
+    """What comes on a channel until `deadline`, at most `allowance` bytes; nothing is waited for before the answer has `begun`.
+
+    A socket's own time-out bounds one call only: a server that sends a byte a second would hold it for ever.
+    """
 
     def __init__(self, channel: Channel, deadline: float, allowance: int, *, begun: bool = False) -> None:
         self._channel, self._deadline, self._allowance, self.begun = channel, deadline, allowance, begun
@@ -1633,7 +1636,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(formatter)
     LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(arguments.log_level.upper())
-    # resolv.conf(5): glibc would look for a name for half a minute, and no signal ends that.  Four seconds with two name servers.
+    # resolv.conf(5): glibc would look for a name for half a minute, and no signal ends that.  Now it takes four seconds with two name
+    # servers that are silent, and as many again for a search list.
     os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:1")
     os.environ.pop("SSLKEYLOGFILE", None)  # to which the ssl module would write the keys of each connection
     try:
