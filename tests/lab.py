@@ -1,7 +1,8 @@
-"""A Proxmox VE node and a hub that are not there: both on loopback, over TLS, for the tests, a demo, and whoever wants to look.
+"""A simulated Proxmox VE node and a simulated hub, both on loopback, for the tests and the demo.
 
-What the node answers was taken from Proxmox's own daemons (pve-manager 9.2): field names, value types, reason phrases, headers, when it
-closes a connection. What it does not know, it refuses as they do. The hub holds every report against `host-report.schema.json`.
+The node answers as Proxmox's own daemons do (pve-manager 9.2): field names, value types, reason
+phrases, headers, and when it closes a connection. It refuses whatever it does not know, as they do.
+The hub checks every report against `host-report.schema.json`.
 
     python tests/lab.py --env-file lab.env &      then: . ./lab.env; python felhom_agent.py
 """
@@ -17,6 +18,7 @@ import ipaddress
 import json
 import re
 import select
+import shlex
 import signal
 import socket
 import ssl
@@ -30,7 +32,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http.client import NO_CONTENT, responses
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, Self
 from urllib.parse import parse_qsl
 
 if TYPE_CHECKING:
@@ -39,15 +41,16 @@ if TYPE_CHECKING:
 
 REQUESTS_PER_CONNECTION: Final = 100
 IDLE_SECONDS: Final = 5.0
-PRIVILEGES: Final = ("Datastore.Audit", "Mapping.Audit", "Pool.Audit", "SDN.Audit", "Sys.Audit", "VM.Audit", "VM.GuestAgent.Audit")
-PERMISSION_PATHS: Final = ("/", "/access", "/access/groups", "/nodes", "/pool", "/sdn", "/storage", "/vms")
 
-# --- certificates -------------------------------------------------------------------------------------------------------------------
+# --- certificates ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificates:
-    """A CA and one server certificate, on disk as PEM; `fingerprint` is the SHA-256 of the latter, upper case with colons."""
+    """A CA and a server certificate, as PEM files.
+
+    `fingerprint` is the SHA-256 of the server certificate, upper case with colons.
+    """
 
     ca_file: Path
     cert_file: Path
@@ -66,7 +69,8 @@ def new_key() -> RSAPrivateKey:
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
 
-node_certificate_key = functools.cache(new_key)  # one for the process saves time; each CA has its own, or one would vouch for another's
+# One key for all node certificates saves time; each CA has its own, or it would vouch for others.
+node_certificate_key = functools.cache(new_key)
 
 
 def make_certificates(
@@ -80,8 +84,9 @@ def make_certificates(
 ) -> Certificates:
     """Write a new CA and a node certificate as Proxmox makes them.
 
-    "current" is a CA made since March 2026 (it has the keyUsage extension), "old" one from before, "pve7" a chain from Proxmox VE 7, whose
-    node certificate has no key identifiers. `not_before_days` and `days` date the node certificate: -30 and 10 give an expired one.
+    "current" is a CA made since March 2026, with the keyUsage extension, "old" one from before, and
+    "pve7" a chain from Proxmox VE 7, whose node certificate has no key identifiers.
+    `not_before_days` and `days` date the node certificate: -30 and 10 give an expired one.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
@@ -95,50 +100,80 @@ def make_certificates(
             return x509.DNSName(name)
 
     ca_key, node_key = new_key(), node_certificate_key()
-    ca_name = x509.Name.from_rfc4514_string("O=PVE Cluster Manager CA,OU=00000000-lab,CN=Proxmox Virtual Environment")
-    node_name = x509.Name.from_rfc4514_string(f"CN={node}.example.lan,O=Proxmox Virtual Environment,OU=PVE Cluster Node")
+    ca_name = x509.Name.from_rfc4514_string("O=PVE Cluster Manager CA,OU=00000000-lab")
+    node_name = x509.Name.from_rfc4514_string(f"CN={node}.example.lan,OU=PVE Cluster Node")
 
-    def sign(subject: x509.Name, key: RSAPrivateKey, start: datetime, days: int, *extensions: x509.ExtensionType) -> x509.Certificate:
+    def sign(
+        subject: x509.Name,
+        key: RSAPrivateKey,
+        start: datetime,
+        days: int,
+        *extensions: x509.ExtensionType,
+    ) -> x509.Certificate:
         end = start + timedelta(days=days)
-        builder = x509.CertificateBuilder(ca_name, subject, key.public_key(), x509.random_serial_number(), start, end)
+        serial = x509.random_serial_number()
+        builder = x509.CertificateBuilder(ca_name, subject, key.public_key(), serial, start, end)
         for extension in extensions:
-            critical = isinstance(extension, x509.KeyUsage) or (isinstance(extension, x509.BasicConstraints) and extension.ca)
+            critical = isinstance(extension, x509.KeyUsage)
+            critical |= isinstance(extension, x509.BasicConstraints) and extension.ca
             builder = builder.add_extension(extension, critical)
         return builder.sign(ca_key, hashes.SHA256())
 
     ca_identifier = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-    issuer_identifier = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_identifier)
-    ca_extensions = [x509.BasicConstraints(ca=True, path_length=None), ca_identifier, issuer_identifier]
+    issuer_identifier = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+        ca_identifier
+    )
+    ca_extensions = [
+        x509.BasicConstraints(ca=True, path_length=None),
+        ca_identifier,
+        issuer_identifier,
+    ]
     if generation == "current":
-        ca_extensions.append(x509.KeyUsage(False, False, False, False, False, True, True, False, False))  # keyCertSign, cRLSign
-    usual_names = ("127.0.0.1", "::1", "localhost", node, f"{node}.example.lan")
+        # keyCertSign and cRLSign.
+        usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+        ca_extensions.append(usage)
+    if names is None:
+        names = ("127.0.0.1", "::1", "localhost", node, f"{node}.example.lan")
     node_extensions = [
         x509.BasicConstraints(ca=False, path_length=None),
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
-        x509.SubjectAlternativeName([build_alternative(name) for name in (usual_names if names is None else names)]),
+        x509.SubjectAlternativeName([build_alternative(name) for name in names]),
     ]
     if generation != "pve7":
-        node_extensions += [x509.SubjectKeyIdentifier.from_public_key(node_key.public_key()), issuer_identifier]
+        node_extensions += [
+            x509.SubjectKeyIdentifier.from_public_key(node_key.public_key()),
+            issuer_identifier,
+        ]
     now = datetime.now(UTC)
     ca = sign(ca_name, ca_key, now - timedelta(days=365), 3650, *ca_extensions)
-    own = sign(node_name, node_key, now + timedelta(days=not_before_days, hours=-1), days, *node_extensions)
+    own = sign(
+        node_name, node_key, now + timedelta(days=not_before_days, hours=-1), days, *node_extensions
+    )
 
     folder.mkdir(parents=True, exist_ok=True)
-    ca_file, cert_file, key_file = folder / "pve-root-ca.pem", folder / "pve-ssl.pem", folder / "pve-ssl.key"
+    ca_file, cert_file = folder / "pve-root-ca.pem", folder / "pve-ssl.pem"
+    key_file = folder / "pve-ssl.key"
     key_file.touch(mode=0o600)
     ca_file.write_bytes(ca.public_bytes(Encoding.PEM))
     cert_file.write_bytes(own.public_bytes(Encoding.PEM))
     key_file.write_bytes(node_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    fingerprint = own.fingerprint(hashes.SHA256()).hex(":").upper()
-    return Certificates(ca_file=ca_file, cert_file=cert_file, key_file=key_file, fingerprint=fingerprint)
+    return Certificates(
+        ca_file=ca_file,
+        cert_file=cert_file,
+        key_file=key_file,
+        fingerprint=own.fingerprint(hashes.SHA256()).hex(":").upper(),
+    )
 
 
-# --- what a server may answer -------------------------------------------------------------------------------------------------------
+# --- requests and answers -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request as it came: `path` with /api2/json and query, header names in lower case, `connection` counts from 1."""
+    """A request as received: `path` with base and query, header names in lower case.
+
+    `connection` counts the server's connections from 1.
+    """
 
     method: str
     path: str
@@ -149,7 +184,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An HTTP answer. Body None: neither body nor Content-Length. A header None is left out. `close` None: as the real server would."""
+    """An HTTP response.
+
+    Body None: neither body nor Content-Length. Header None: left out. `close` None: as the real
+    server would.
+    """
 
     status: int = 200
     reason: str = ""
@@ -160,7 +199,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Say nothing for so long (or until the client leaves or the server stops), then close."""
+    """Say nothing for so long, or until the client leaves or the server stops, then close."""
 
     seconds: float = 600.0
 
@@ -174,7 +213,7 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Drip:
-    """Send these bytes one at a time, never silent for long, then close."""
+    """Send these bytes one at a time, then close."""
 
     data: bytes
     every_seconds: float = 0.05
@@ -182,12 +221,12 @@ class Drip:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Close without an answer, and without the end that TLS wants to be told."""
+    """Close without an answer and without TLS's closing alert."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usual:
-    """What the server would answer without a script."""
+    """Answer as without a script."""
 
 
 Answer = Reply | Stall | Raw | Drip | Cut | Usual
@@ -195,17 +234,18 @@ Answer = Reply | Stall | Raw | Drip | Cut | Usual
 
 @dataclass(frozen=True, slots=True)
 class Forever:
-    """This answer for every later match too."""
+    """Give this answer to every later match too."""
 
     answer: Answer
 
 
 def json_reply(value: object, status: int = 200, reason: str = "") -> Reply:
-    return Reply(status, reason, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return Reply(status, reason, body)
 
 
 class Refused(Exception):
-    """A request is refused with this reply."""
+    """Refuse a request with this reply."""
 
     def __init__(self, reply: Reply, why: str = "") -> None:
         super().__init__(why)
@@ -213,7 +253,7 @@ class Refused(Exception):
 
 
 def read_request(stream: BinaryIO, connection: int) -> Request | None:
-    """The next request, or None where the client has left. ValueError: this is no HTTP."""
+    """Return the next request, None if the client has left. Raises ValueError if it is not HTTP."""
     line = stream.readline(8192)
     if not line:
         return None
@@ -226,14 +266,19 @@ def read_request(stream: BinaryIO, connection: int) -> Request | None:
         headers[name.lower()] = value.strip()
     length = int(headers.get("content-length", "0"))
     body = stream.read(length)
-    return Request(method=method, path=path, headers=headers, body=body, connection=connection) if len(body) == length else None
+    if len(body) < length:
+        return None
+    return Request(method=method, path=path, headers=headers, body=body, connection=connection)
 
 
-# --- a server on loopback -----------------------------------------------------------------------------------------------------------
+# --- a server on loopback -------------------------------------------------------------------------
 
 
 class Server:
-    """Keep-alive HTTP/1.1, one thread for each connection; a context manager. It comes back on the same port when entered again."""
+    """A keep-alive HTTP/1.1 server with one thread for each connection, to be used by `with`.
+
+    Entered again, it comes back on the same port.
+    """
 
     server_name = ""
     content_type = "application/json"
@@ -263,7 +308,9 @@ class Server:
     def __enter__(self) -> Self:
         self._stopping.clear()
         self._tls = self.certificates.server_context() if self.certificates else None
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128, reuse_port=True)
+        self._listener = socket.create_server(
+            ("127.0.0.1", self.port), backlog=128, reuse_port=True
+        )
         self.port = self._listener.getsockname()[1]
         self._threads: list[threading.Thread] = []
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
@@ -272,20 +319,23 @@ class Server:
 
     def __exit__(self, *_exc: object) -> None:
         self._stopping.set()
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        # Wakes accept().
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
         with self._changed:
             for connection in self._open:
-                with contextlib.suppress(OSError):  # reading ends, an answer on its way still goes out; not SSLSocket's: it drops the TLS
+                # Reading ends; an answer on its way still goes out. SSLSocket's own drops the TLS.
+                with contextlib.suppress(OSError):
                     socket.socket.shutdown(connection, socket.SHUT_RD)
         for thread in self._threads:
             thread.join()
 
     def script(self, match: str, *answers: Answer | Forever) -> None:
-        """Answer the next requests whose path begins with `match` in this way, one answer each.
+        """Give these answers, one each, to the next requests whose path begins with `match`.
 
-        The path counts without /api2/json (or the hub's prefix); "" is every request, "/nodes$" is /nodes alone, whatever its query.
+        The path is the one below /api2/json (or the hub's prefix). "" matches every request,
+        "/nodes$" exactly /nodes, whatever its query.
         """
         with self._changed:
             self._script.append((match, deque(answers)))
@@ -295,16 +345,18 @@ class Server:
             self._script.clear()
 
     def wait_for_requests(self, count: int, timeout_seconds: float) -> None:
-        """Return once this many requests have come in all; TimeoutError if they do not."""
-        self._wait_for(lambda: len(self.requests) >= count, f"{len(self.requests)} of {count} requests", timeout_seconds)
+        """Return once so many requests have come in all. Raises TimeoutError."""
+        self._wait_for(self.requests, count, "requests", timeout_seconds)
 
     def answer(self, request: Request) -> Reply:
         raise NotImplementedError
 
-    def _wait_for(self, condition: Callable[[], bool], what: str, timeout_seconds: float) -> None:
+    def _wait_for(
+        self, items: Sequence[object], count: int, what: str, timeout_seconds: float
+    ) -> None:
         with self._changed:
-            if not self._changed.wait_for(condition, timeout_seconds):
-                raise TimeoutError(f"{what} within {timeout_seconds} s")
+            if not self._changed.wait_for(lambda: len(items) >= count, timeout_seconds):
+                raise TimeoutError(f"{len(items)} of {count} {what} within {timeout_seconds} s")
 
     def _accept(self) -> None:
         while True:
@@ -313,7 +365,9 @@ class Server:
             except OSError:
                 return
             self.connections += 1
-            thread = threading.Thread(target=self._serve, args=(connection, self.connections), daemon=True)
+            thread = threading.Thread(
+                target=self._serve, args=(connection, self.connections), daemon=True
+            )
             self._threads = [*(thread for thread in self._threads if thread.is_alive()), thread]
             thread.start()
 
@@ -322,7 +376,9 @@ class Server:
             connection.settimeout(self.idle_seconds)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
-                connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+                connection = self._tls.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
             with self._changed:
                 self._open.add(connection)
                 if self._stopping.is_set():
@@ -332,20 +388,23 @@ class Server:
             with connection.makefile("rb") as stream:
                 for served in range(1, REQUESTS_PER_CONNECTION + 1):
                     request = read_request(stream, number)
-                    if request is None or not self._exchange(connection, request, last=served == REQUESTS_PER_CONNECTION):
+                    last = served == REQUESTS_PER_CONNECTION
+                    if request is None or not self._exchange(connection, request, last=last):
                         break
             if isinstance(connection, ssl.SSLSocket):
+                # Announce the end without waiting for the client to agree.
                 connection.setblocking(False)
-                connection.unwrap()  # tells the client that this is the end; does not wait for it to agree
+                connection.unwrap()
         except (OSError, ValueError):
-            pass  # the client has left, was idle for too long, or does not speak TLS or HTTP
+            # The client has left, was idle for too long, or does not speak TLS or HTTP.
+            pass
         finally:
             with self._changed:
                 self._open.discard(connection)
                 connection.close()
 
     def _exchange(self, connection: socket.socket, request: Request, *, last: bool) -> bool:
-        """Answer one request; whether the connection stays open."""
+        """Answer one request. Return whether the connection stays open."""
         with self._changed:
             self.requests.append(request)
             self._in_flight += 1
@@ -355,7 +414,8 @@ class Server:
         try:
             if isinstance(answer, Usual):
                 answer = self.answer(request)
-            return self._send(connection, answer, last or request.headers.get("connection", "").lower() == "close")
+            last = last or request.headers.get("connection", "").lower() == "close"
+            return self._send(connection, answer, last)
         finally:
             with self._changed:
                 self._in_flight -= 1
@@ -376,11 +436,13 @@ class Server:
             case Reply():
                 body = None if answer.status == NO_CONTENT else answer.body
                 endless = body is None and answer.status != NO_CONTENT
-                close = last or endless or answer.status >= 400 if answer.close is None else answer.close
+                close = last or endless or answer.status >= 400
+                close = close if answer.close is None else answer.close
                 connection.sendall(self._head(answer, body, close) + (body or b""))
                 return not close
             case Stall(seconds):
-                select.select([connection], [], [], seconds)  # readable: the client, or __exit__, has closed it
+                # Readable once the client, or __exit__, has closed it.
+                select.select([connection], [], [], seconds)
             case Raw(data):
                 connection.sendall(data)
             case Drip(data, every_seconds):
@@ -405,14 +467,24 @@ class Server:
             headers |= {"Content-Length": str(len(body)), "Content-Type": self.content_type}
         headers |= {"Expires": now, **reply.headers}
         reason = reply.reason or responses.get(reply.status, "")
-        lines = (f"HTTP/1.1 {reply.status} {reason}", *(f"{name}: {value}" for name, value in headers.items() if value is not None))
-        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
+        return f"HTTP/1.1 {reply.status} {reason}\r\n{''.join(lines)}\r\n".encode()
 
 
-# --- guests -------------------------------------------------------------------------------------------------------------------------
+# --- guests and storages --------------------------------------------------------------------------
+
+# The node's cores; the list never says more of a VM.
+NODE_CPUS: Final = 2
+UNITS: Final = {"K": 10, "M": 20, "G": 30, "T": 40}
+# What the list says of a running guest; of a stopped one each is 0.
+FIGURES: Final[dict[str, object]] = json.loads("""{
+    "cpu": 0.245004192691072, "disk": 28216639488, "diskread": 1048576, "diskwrite": 2097152,
+    "mem": 134217728, "memhost": 0, "netin": 0, "netout": 0, "uptime": 123
+}""")
 
 
 def usual_config(vmid: int, name: str, **changes: object) -> dict[str, object]:
+    """Return the configuration of an ordinary container."""
     return {
         "arch": "amd64",
         "hostname": name,
@@ -425,107 +497,311 @@ def usual_config(vmid: int, name: str, **changes: object) -> dict[str, object]:
     }
 
 
+def leading_number(value: object) -> float:
+    """Return the number that a value begins with, 0 if there is none, as Perl reads it."""
+    number = re.match(r"(current=)?(\d+(?:\.\d+)?)", str(value))
+    return float(number[2]) if number else 0
+
+
+def volume_size(volume: object) -> int | None:
+    """Return the `size=` of a volume in bytes."""
+    size = re.search(r"\bsize=(\d+)([KMGT])", str(volume))
+    return int(size[1]) << UNITS[size[2]] if size else None
+
+
 @dataclass(slots=True)
 class Guest:
-    """A container: its configuration file, what is pending, and what the list says otherwise than the configuration (`list_extra`)."""
+    """A container or a VM: its configuration file and the changes that are pending.
+
+    The status of a guest that was just created is "unknown". One that has `vanished` is still
+    listed, but its configuration file is gone. `list_extra` overrides what the list says.
+    """
 
     vmid: int
     name: str
     status: str = "running"
     config: dict[str, object] = field(default_factory=dict)
     pending: dict[str, object] = field(default_factory=dict)
+    type: Literal["lxc", "qemu"] = "lxc"
     lock: str | None = None
     template: bool = False
     vanished: bool = False
     list_extra: dict[str, object] = field(default_factory=dict)
 
-    @property
-    def _flags(self) -> dict[str, object]:
-        return ({"lock": self.lock} if self.lock else {}) | ({"template": 1} if self.template else {})
+    def resource(self, node: str, *, stale: bool = False) -> dict[str, object]:
+        """Return the guest's entry in /cluster/resources; a stale one is "unknown"."""
+        status = "unknown" if stale else self.status
+        entry: dict[str, object] = {"id": f"{self.type}/{self.vmid}", "node": node}
+        entry |= {"status": status, "type": self.type, "vmid": self.vmid}
+        entry |= {"lock": self.lock} if self.lock else {}
+        entry |= {"tags": self.config["tags"]} if "tags" in self.config else {}
+        if status != "unknown":
+            entry |= FIGURES if status == "running" else dict.fromkeys(FIGURES, 0)
+            memory = leading_number(self.config.get("memory", 512))
+            entry |= {"maxcpu": self._cores(), "maxdisk": self._disk(), "maxmem": int(memory) << 20}
+            # Proxmox encodes names twice, which shows in those that are not ASCII.
+            entry |= {"name": self.name.encode().decode("latin-1"), "template": int(self.template)}
+        return entry | self.list_extra
 
-    def list_entry(self, node_cpus: object) -> dict[str, object]:
-        """What the list says: `cpus` is a string where only a cpulimit is set, `maxdisk` the volume's size while the guest is stopped."""
-        limit, memory, swap = (self.config.get(key, unset) for key, unset in (("cpulimit", "0"), ("memory", 512), ("swap", 0)))
-        size = re.search(r"size=(\d+)G", str(self.config.get("rootfs")))
-        entry: dict[str, object] = dict.fromkeys(("cpu", "disk", "diskread", "diskwrite", "mem", "netin", "netout", "swap", "uptime"), 0)
-        entry |= {"cpus": self.config.get("cores") or (limit if limit != "0" else node_cpus), "maxdisk": int(size[1] if size else 4) << 30}
-        entry |= {key: value << 20 for key, value in (("maxmem", memory), ("maxswap", swap)) if isinstance(value, int)}
-        entry |= {"name": self.name, "status": self.status, "type": "lxc", "vmid": self.vmid}
+    def _cores(self) -> float:
+        def value(key: str, unset: float) -> float:
+            return leading_number(self.config.get(key, unset))
+
+        if self.type == "qemu":
+            cores = min(value("vcpus", value("cores", 1) * value("sockets", 1)), NODE_CPUS)
+        else:
+            cores = value("cores", value("cpulimit", 0) or NODE_CPUS)
+        return int(cores) if cores == int(cores) else cores
+
+    def _disk(self) -> int:
+        """Return the size of a VM's boot disk, or of a container's root file system."""
+        if self.type == "qemu":
+            boot = re.match(r"order=(\w+)", str(self.config.get("boot")))
+            disk = self.config.get(boot[1]) if boot else None
+            return 0 if "media=cdrom" in str(disk) else volume_size(disk) or 0
         if self.status == "running":
-            entry |= {"cpu": 0.245703323283864, "disk": 28216709120, "diskread": 1048576, "diskwrite": 2097152, "maxdisk": 270553174016}
-            entry |= {"mem": 134217728, "pid": 50 + self.vmid, "swap": 4096, "uptime": 131}
-            entry |= {f"pressure{of}some": "0.12" for of in ("cpu", "io", "memory")}
-            entry |= {f"pressure{of}full": "0.00" for of in ("cpu", "io", "memory")}
-        entry |= {key: self.config[key] for key in ("tags",) if key in self.config}
-        return entry | self._flags | self.list_extra
+            return 270553174016
+        return volume_size(self.config.get("rootfs")) or 4 << 30
 
     def config_entry(self, *, current: bool) -> dict[str, object]:
-        """What the configuration call says: pending changes (None: a key goes) are mixed in unless the current values are asked for."""
-        config = self.config | self._flags
+        """Return the configuration, with pending changes unless the current values are wanted.
+
+        A pending None removes a key.
+        """
+        config = self.config | ({"lock": self.lock} if self.lock else {})
+        config |= {"template": 1} if self.template else {}
         text = "".join(f"{key}: {value}\n" for key, value in config.items())
         digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         config |= ({} if current else self.pending) | {"digest": digest}
         return {key: value for key, value in config.items() if value is not None}
 
 
+WEIRD: Final = r"""{
+    "cores": 2, "cpuunits": 200, "features": "nesting=1,keyctl=1", "tags": "grün;prod",
+    "description": "Grüße ☃ from 😀\nsecond line\nencoded % and <b>\n",
+    "lxc": [["lxc.apparmor.profile", "unconfined"], ["lxc.cgroup2.devices.allow", "c 10:200 rwm"]],
+    "mp0": "local:106/vm-106-disk-1.raw,mp=/srv,size=4G", "unprivileged": 1
+}"""
+
+
 def default_guests() -> list[Guest]:
-    """Every kind of container there is, in no order, as the list has none."""
-    weird = {
-        "cores": 2,
-        "cpuunits": 200,
-        "description": "Grüße ☃ from 😀\nsecond line\nencoded % and <b>\n",
-        "features": "nesting=1,keyctl=1",
-        "lxc": [["lxc.apparmor.profile", "unconfined"], ["lxc.cgroup2.devices.allow", "c 10:200 rwm"]],
-        "mp0": "local:106/vm-106-disk-1.raw,mp=/srv,size=4G",
-        "tags": "grün;prod",
-        "unprivileged": 1,
-    }
-    broken: dict[str, object] = {"cores": "many", "hostname": "bro ken", "memory": "12x", "rootfs": "???"}
+    """Return one container of every kind, unsorted."""
+    broken: dict[str, object] = {"cores": "many", "hostname": "bro ken", "memory": "12x"}
+    broken["rootfs"] = "???"
+    weird_name = "xn--weird-host.Example-1"
+    snappy = usual_config(105, "snappy", cores=2, parent="before")
     return [
-        Guest(107, "broken", "stopped", broken, list_extra={"maxmem": 12582912}),
+        Guest(107, "broken", "stopped", broken),
         Guest(100, "web", config=usual_config(100, "web", cores=2, onboot=1, tags="prod;web")),
         Guest(101, "nocores", config=usual_config(101, "nocores")),
-        Guest(105, "snappy", "stopped", usual_config(105, "snappy", cores=2, parent="before"), pending={"cores": 4, "swap": None}),
+        Guest(105, "snappy", "stopped", snappy, pending={"cores": 4, "swap": None}),
         Guest(104, "locked", "stopped", usual_config(104, "locked", cores=1), lock="backup"),
         Guest(103, "tmpl", "stopped", usual_config(103, "tmpl", cores=1), template=True),
         Guest(108, "both", "stopped", usual_config(108, "both", cores=4, cpulimit="2")),
         Guest(102, "limitonly", "stopped", usual_config(102, "limitonly", cpulimit="1.5")),
         Guest(999, "vanished", config=usual_config(999, "vanished"), vanished=True),
         Guest(110, "limzero", "stopped", usual_config(110, "limzero", cpulimit="0")),
-        Guest(106, "xn--weird-host.Example-1", config=usual_config(106, "xn--weird-host.Example-1", **weird)),
+        Guest(106, weird_name, config=usual_config(106, weird_name, **json.loads(WEIRD))),
         Guest(109, "CT109", "stopped"),
     ]
 
 
 def many_guests(count: int) -> list[Guest]:
-    """Ordinary containers from 100 on, two of three running, in no order."""
-    vmids = sorted(range(100, 100 + count), key=lambda vmid: vmid * 7919 % 10007)
-    return [Guest(i, f"ct{i}", "running" if i % 3 else "stopped", usual_config(i, f"ct{i}", cores=1 + i % 4)) for i in vmids]
+    """Return ordinary containers from 100 on, two of three running, unsorted."""
+
+    def build(vmid: int) -> Guest:
+        config = usual_config(vmid, f"ct{vmid}", cores=1 + vmid % 4)
+        return Guest(vmid, f"ct{vmid}", "running" if vmid % 3 else "stopped", config)
+
+    return [build(vmid) for vmid in sorted(range(100, 100 + count), key=lambda i: i * 7919 % 10007)]
 
 
-# --- the node -----------------------------------------------------------------------------------------------------------------------
+VM_CONFIGS: Final = """{
+    "vm-one": {
+        "agent": "1", "balloon": 2048, "bios": "ovmf", "boot": "order=scsi0;ide2", "cores": 4,
+        "cpu": "host", "cpulimit": "3",
+        "efidisk0": "local:200/vm-200-disk-0.qcow2,efitype=4m,size=4M",
+        "ide2": "local:iso/debian.iso,media=cdrom,size=600M", "memory": "4096",
+        "net0": "virtio=BC:24:11:00:02:00,bridge=vmbr0", "numa": 0, "ostype": "l26", "parent": "s1",
+        "scsi0": "local:200/vm-200-disk-1.qcow2,iothread=1,size=32G",
+        "scsi1": "local:200/vm-200-disk-2.qcow2,backup=0,size=100G",
+        "scsihw": "virtio-scsi-single", "sockets": 2, "unused0": "local:200/vm-200-disk-9.qcow2"
+    },
+    "vm-two": {"scsi0": "local:201/base-201-disk-0.qcow2,size=10G"},
+    "diskless": {
+        "boot": "order=ide2;net0", "cores": 2, "ide2": "none,media=cdrom", "memory": "current=2048",
+        "vcpus": 1
+    },
+    "cloud": {
+        "cores": 2, "ide2": "local:203/vm-203-cloudinit.qcow2,media=cdrom,size=4M", "memory": 2048,
+        "sata1": "local:203/vm-203-disk-1.qcow2,size=512M",
+        "virtio0": "local:203/vm-203-disk-0.qcow2,size=3T"
+    },
+    "passthrough": {
+        "memory": "1024", "scsi0": "local:204/vm-204-disk-0.qcow2,size=8G",
+        "scsi1": "/dev/disk/by-id/ata-disk", "sockets": 2
+    }
+}"""
 
+
+def default_vms() -> list[Guest]:
+    """Return one VM of every kind, unsorted."""
+    configs = json.loads(VM_CONFIGS)
+
+    def build(vmid: int, name: str, status: str, **changes: Any) -> Guest:
+        return Guest(vmid, name, status, {**configs[name], "name": name}, type="qemu", **changes)
+
+    return [
+        build(203, "cloud", "running"),
+        build(200, "vm-one", "running", pending={"cores": 8, "memory": "8192"}),
+        build(204, "passthrough", "stopped"),
+        build(201, "vm-two", "stopped", template=True),
+        build(202, "diskless", "stopped", lock="migrate"),
+    ]
+
+
+def many_vms(count: int) -> list[Guest]:
+    """Return ordinary VMs, unsorted; their IDs lie beyond those of `many_guests`."""
+
+    def build(vmid: int) -> Guest:
+        config: dict[str, object] = {"boot": "order=scsi0", "memory": "2048", "name": f"vm{vmid}"}
+        config |= {"cores": 2, "scsi0": f"local:{vmid}/vm-{vmid}-disk-0.qcow2,size=32G"}
+        return Guest(vmid, f"vm{vmid}", config=config, type="qemu")
+
+    return [build(vmid) for vmid in reversed(range(50_000, 50_000 + count))]
+
+
+@dataclass(slots=True)
+class Storage:
+    """A storage; `problem` is why its backups cannot be listed."""
+
+    name: str
+    content: str = "backup"
+    plugintype: str = "dir"
+    status: str = "available"
+    shared: bool = False
+    total_bytes: int = 4294967296
+    used_bytes: int = 31494144
+    backups: list[dict[str, object]] = field(default_factory=list)
+    problem: str = ""
+
+    def resource(self, node: str, *, stale: bool = False) -> dict[str, object]:
+        """Return the storage's entry in /cluster/resources."""
+        status = "unknown" if stale else self.status
+        entry: dict[str, object] = {"id": f"storage/{node}/{self.name}", "type": "storage"}
+        entry |= {"content": self.content, "node": node, "plugintype": self.plugintype}
+        entry |= {"shared": int(self.shared), "status": status, "storage": self.name}
+        sizes = {"disk": self.used_bytes, "maxdisk": self.total_bytes}
+        return entry | (sizes if status == "available" else {})
+
+
+def backup(
+    volid: str, ctime: int, vmid: int | str | None, guest_type: str = "lxc", mark: str = "keep"
+) -> dict[str, object]:
+    """Return an entry of a storage's backups; a renamed one has a string for `vmid`, or none."""
+    entry: dict[str, object] = {"ctime": ctime, "mark": mark, "type": guest_type, "volid": volid}
+    return entry | ({} if vmid is None else {"vmid": vmid})
+
+
+BACKUPS: Final = """[
+    ["bak:backup/my-vzdump-lxc-100-2026_11_23-02_00_03.tar.zst", 1795572194, "100", "unknown",
+     "renamed"],
+    ["bak:backup/vzdump-lxc-100-2026_11_22-02_00_03.tar.zst", 1795312803, 100, "lxc", "protected"],
+    ["bak:backup/vzdump-lxc-100-2026_11_24-02_00_03.tar.zst", 1795485603, 100, "lxc", "keep"],
+    ["bak:backup/vzdump-lxc-100-2026_11_23-02_00_03.tar.zst", 1795399203, 100, "lxc", "keep"],
+    ["bak:backup/vzdump-lxc-100-before-upgrade.tar.zst", 1795572194, "100", "lxc", "renamed"],
+    ["bak:backup/vzdump-lxc-101-2026_11_20-02_00_40.tar.zst", 1795140040, 101, "lxc", "keep"],
+    ["bak:backup/vzdump-lxc-101-2026_11_21-02_00_40.tar.zst", 1795226440, 101, "lxc", "keep"],
+    ["bak:backup/vzdump-lxc-999-2025_01_01-00_00_00.tar.gz", 1735689600, 999, "lxc", "keep"],
+    ["bak:backup/vzdump-qemu-200-2026_11_23-02_01_00.vma.zst", 1795399260, 200, "qemu",
+     "protected"],
+    ["bak:backup/vzdump-qemu-200-2026_11_24-02_01_00.vma.zst", 1795485660, 200, "qemu", "keep"],
+    ["bak:backup/vzdump-old.tar.zst", 1795572194, null, "unknown", "renamed"]
+]"""
+
+
+def default_storages() -> list[Storage]:
+    """Return one storage of every kind, unsorted; `bak` has every kind of backup."""
+    bak = [backup(*entry) for entry in json.loads(BACKUPS)]
+    nas = [backup("nas:backup/vzdump-lxc-100-2026_11_21-02_00_03.tar.zst", 1795226403, 100)]
+    pbs = [backup("pbs:backup/ct/100/2026-11-24T01:00:00Z", 1795482000, 100)]
+    reason = "directory is expected to be a mount point but is not mounted: '/srv/gone'"
+    reason = f"unable to activate storage 'gone' - {reason}"
+    return [
+        Storage("local", "iso,backup,images,rootdir,vztmpl,snippets"),
+        Storage("gone", status="unknown", problem=reason),
+        Storage("bak", backups=bak),
+        Storage("nobackup", "vztmpl,iso"),
+        Storage("nas", "backup,iso", "nfs", shared=True, backups=nas),
+        Storage("pbs", "backup", "pbs", shared=True, backups=pbs),
+    ]
+
+
+@dataclass(slots=True)
+class OtherNode:
+    """Another node of the cluster. Status None: the cluster does not know it, only its guests."""
+
+    name: str
+    status: Literal["online", "offline"] | None = "online"
+    guests: list[Guest] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+
+
+# --- the node -------------------------------------------------------------------------------------
+
+AREAS: Final = ("Datastore", "Mapping", "Pool", "SDN", "Sys", "VM", "VM.GuestAgent")
+PRIVILEGES: Final = tuple(f"{area}.Audit" for area in AREAS)
+ROLES: Final[Mapping[str, Sequence[str]]] = {
+    "NoAccess": (),
+    "NoVM": ("Datastore.Audit", "Sys.Audit"),
+    "PVEAuditor": PRIVILEGES,
+    "VMAudit": ("VM.Audit",),
+}
+PERMISSION_AREAS: Final = ("access", "access/groups", "nodes", "pool", "sdn", "storage", "vms")
+# A path, a role, and whether it propagates to the paths below.
+ACL = list[tuple[str, str, bool]]
+
+# Values that pvestatd sent are shown for so long.
+EXPIRY_SECONDS: Final = 300
 NODE_RESOURCES: Final = """{
-    "cpu": 0.0167285119344523, "disk": 28216639488, "maxcpu": 2, "maxdisk": 270553174016, "maxmem": 25276510208, "mem": 1403052032,
-    "uptime": 2565
+    "cpu": 0.0167285119344523, "disk": 28216639488, "maxcpu": 2, "maxdisk": 270553174016,
+    "maxmem": 25276510208, "mem": 1403052032
+}"""
+POOL_RESOURCES: Final = {"cpu": 0, "maxcpu": 2, "maxmem": 1 << 30, "mem": 84857600, "uptime": 20}
+ZONE: Final = """{
+    "id": "network/pve1/zone/localnetwork", "network": "localnetwork", "network-type": "zone",
+    "node": "pve1", "status": "ok", "type": "network"
 }"""
 NODE_STATUS: Final = """{
     "boot-info": {"mode": "legacy-bios"},
     "cpu": 0,
-    "cpuinfo": {"cores": 2, "cpus": 2, "family": "26", "flags": "fpu vme de pse tsc msr pae mce cx8 apic sep", "hvm": "",
-                "mhz": "2596.122", "model": "AMD EPYC", "sockets": 1, "user_hz": 100, "vendor": "AuthenticAMD"},
-    "current-kernel": {"machine": "x86_64", "release": "6.14.11-4-pve", "sysname": "Linux", "version": "#1 SMP PREEMPT_DYNAMIC @0"},
+    "cpuinfo": {
+        "cores": 2, "cpus": 2, "family": "26", "flags": "fpu vme de pse tsc msr pae mce cx8 apic",
+        "hvm": "", "mhz": "2596.122", "model": "AMD EPYC", "sockets": 1, "user_hz": 100,
+        "vendor": "AuthenticAMD"
+    },
+    "current-kernel": {
+        "machine": "x86_64", "release": "6.14.11-4-pve", "sysname": "Linux",
+        "version": "#1 SMP PREEMPT_DYNAMIC @0"
+    },
     "idle": 0,
     "ksm": {"shared": 0},
     "kversion": "Linux 6.14.11-4-pve #1 SMP PREEMPT_DYNAMIC @0",
     "loadavg": ["2.54", "1.74", "1.20"],
-    "memory": {"available": 23897747456, "free": 22470807552, "total": 25276510208, "used": 1378762752},
+    "memory": {
+        "available": 23897747456, "free": 22470807552, "total": 25276510208, "used": 1378762752
+    },
     "pveversion": "pve-manager/9.2.11/14a22df35955d97d",
-    "rootfs": {"avail": 80727584768, "free": 242336464896, "total": 270553174016, "used": 28216709120},
+    "rootfs": {
+        "avail": 80727584768, "free": 242336464896, "total": 270553174016, "used": 28216709120
+    },
     "swap": {"free": 0, "total": 0, "used": 0},
     "uptime": 2574,
     "wait": 0.00235079639224717
 }"""
+UNDEFINED: Final = (
+    "property is not defined in schema and the schema does not allow additional properties"
+)
 
 
 def refused(status: int, reason: str) -> Refused:
@@ -534,11 +810,21 @@ def refused(status: int, reason: str) -> Refused:
 
 def bad_parameter(name: str, problem: str) -> Refused:
     reason = "Parameter verification failed."
-    return Refused(json_reply({"data": None, "message": reason + "\n", "errors": {name: problem}}, 400, reason))
+    document = {"data": None, "message": reason + "\n", "errors": {name: problem}}
+    return Refused(json_reply(document, 400, reason))
 
 
 class SimulatedNode(Server):
-    """One Proxmox VE node. `status` is what /nodes/NAME/status says, `resources` the figures that /nodes adds for Sys.Audit."""
+    """One Proxmox VE node.
+
+    `status` is the reply to /nodes/NAME/status, `resources` what Sys.Audit adds to the node's own
+    entry in /cluster/resources. That list is `resources_age_seconds` old; beyond 5 minutes whatever
+    it says of this node is "unknown".
+
+    `acl` is that of the token's user, `token_acl` that of a token with privilege separation, which
+    has what both allow. `other_acl_paths` are named in other users' ACLs. `pools` maps the path of
+    a member to its pool.
+    """
 
     server_name = "pve-api-daemon/3.0"
     content_type = "application/json;charset=UTF-8"
@@ -556,11 +842,21 @@ class SimulatedNode(Server):
         super().__init__(certificates)
         self.name = name
         self.token_id, _, self.token_secret = token.partition("=")
+        # Guests that a test brings are all there are, or an ID could be taken twice.
         self.guests = default_guests() if guests is None else list(guests)
+        self.vms = default_vms() if guests is None else []
+        self.storages = default_storages()
+        self.other_nodes: list[OtherNode] = []
         self.latency_seconds = latency_seconds
-        self.auth_delay_seconds = 0.05  # Proxmox takes 3 s
-        self.permissions = {path: dict.fromkeys(PRIVILEGES, 1) for path in PERMISSION_PATHS}
+        # Proxmox takes 3 s.
+        self.auth_delay_seconds = 0.05
+        self.acl: ACL = [("/", "PVEAuditor", True)]
+        self.token_acl: ACL | None = None
+        self.other_acl_paths: list[str] = []
+        self.roles = dict(ROLES)
+        self.pools: dict[str, str] = {}
         self.resources: dict[str, object] = json.loads(NODE_RESOURCES)
+        self.resources_age_seconds = 9
         self.status: dict[str, object] = json.loads(NODE_STATUS)
 
     def answer(self, request: Request) -> Reply:
@@ -575,53 +871,89 @@ class SimulatedNode(Server):
     def _authenticate(self, authorization: str) -> None:
         if authorization != f"PVEAPIToken={self.token_id}={self.token_secret}":
             self._stopping.wait(self.auth_delay_seconds)
-            raise Refused(Reply(401, "Authentication failed!" if re.match("PVEAPIToken=.", authorization) else "No ticket", None))
+            is_token = re.match("PVEAPIToken=.", authorization)
+            raise Refused(Reply(401, "Authentication failed!" if is_token else "No ticket", None))
 
     def _route(self, request: Request) -> Reply:
         path, _, query = request.path.removeprefix(self.base).partition("?")
         parameters = dict(parse_qsl(query, keep_blank_values=True))
+        readable = request.method == "GET" and request.path.startswith(self.base)
         headers: dict[str, str | None] = {}
         data: object
-        match path.split("/")[1:] if request.method == "GET" and request.path.startswith(self.base) else []:
+        match path.split("/")[1:] if readable else []:
             case ["version"]:
                 data = {"release": "9.2", "repoid": "14a22df35955d97d", "version": "9.2.11"}
             case ["access", "permissions"]:
-                data = self.permissions
-            case ["nodes"]:
-                data = [self._node_entry()]
+                data = self._permissions_reply(parameters.pop("path", None))
+            case ["cluster", "resources"]:
+                data = self._resources()
             case ["nodes", node, "status"]:
-                self._require("Sys.Audit", f"/nodes/{node}")
+                self._require(f"/nodes/{node}", "Sys.Audit")
                 self._require_node(node)
                 data = self.status
-            case ["nodes", node, "lxc"]:
+            case ["nodes", node, "lxc" | "qemu" as kind, vmid, "config"]:
+                self._require(f"/vms/{vmid}", "VM.Audit")
                 self._require_node(node)
-                cpus = self.resources.get("maxcpu")
-                data = [guest.list_entry(cpus) for guest in self.guests if self._has("VM.Audit", f"/vms/{guest.vmid}")]
-                # pveproxy passes on what pvedaemon said about its own connection, then adds its own
+                data = self._guest_config(kind, vmid, parameters.pop("current", "0"))
+            case ["nodes", node, "storage", storage, "prunebackups"]:
+                self._require(f"/storage/{storage}", "Datastore.Audit", "Datastore.AllocateSpace")
+                self._require_node(node)
+                data = self._backups(storage, parameters.pop("prune-backups", "keep-all=1"))
+                # pveproxy passes on pvedaemon's header, then adds its own.
                 headers = {"Connection": "close\r\nConnection: Keep-Alive"}
-            case ["nodes", node, "lxc", vmid, "config"]:
-                self._require("VM.Audit", f"/vms/{vmid}")
-                self._require_node(node)
-                data = self._guest_config(vmid, parameters.pop("current", "0"))
             case _:
                 reason = f"Method '{request.method} {path}' not implemented"
                 raise Refused(json_reply({"data": None, "message": reason}, 501, reason))
         for name in parameters:
-            raise bad_parameter(name, "property is not defined in schema and the schema does not allow additional properties")
-        return replace(json_reply({"data": data}), headers=headers, close=True if headers else None)
+            raise bad_parameter(name, UNDEFINED)
+        return replace(json_reply({"data": data}), headers=headers, close=bool(headers) or None)
 
-    def _has(self, privilege: str, path: str) -> bool:
-        """Whether the token has the privilege there: the deepest path with rights of its own decides."""
-        while path not in self.permissions and path != "/":
-            path = path.rpartition("/")[0] or "/"
-        return bool(self.permissions.get(path, {}).get(privilege))
+    def permissions(self, path: str) -> dict[str, int]:
+        """Return what the token may do at a path: 1 for a privilege that holds below it too."""
+        user = self._granted(self.acl, path)
+        if self.token_acl is None:
+            return user
+        token = self._granted(self.token_acl, path)
+        return {name: user[name] & token[name] for name in user.keys() & token.keys()}
 
-    def _require(self, privilege: str, path: str) -> None:
-        if not self._has(privilege, path):
-            raise refused(403, f"Permission check failed ({path}, {privilege})")
+    def _granted(self, acl: ACL, path: str) -> dict[str, int]:
+        roles = self._find_roles(acl, path)
+        if path in self.pools:
+            roles = dict.fromkeys(self._find_roles(acl, f"/pool/{self.pools[path]}"), 0) | roles
+        privileges: dict[str, int] = {}
+        for role, propagates in {} if "NoAccess" in roles else roles.items():
+            for privilege in self.roles[role]:
+                privileges[privilege] = max(propagates, privileges.get(privilege, 0))
+        return privileges
+
+    @staticmethod
+    def _find_roles(acl: ACL, path: str) -> dict[str, int]:
+        """Return the roles at a path: the deepest entry of the list decides."""
+        roles: dict[str, int] = {}
+        steps = [path[: slash.start()] for slash in re.finditer("/", path)]
+        for step in ("/", *steps[1:], path):
+            here = {
+                role: int(propagates)
+                for place, role, propagates in acl
+                if place == step and (propagates or step == path)
+            }
+            roles = here or roles
+        return roles
+
+    def _permissions_reply(self, path: str | None) -> dict[str, dict[str, int]]:
+        if path is not None:
+            return {path: self.permissions(path)}
+        paths = ["/", *(f"/{area}" for area in PERMISSION_AREAS), *self.other_acl_paths]
+        paths += [place for place, _, _ in (*self.acl, *(self.token_acl or []))]
+        paths += [*self.pools, *(f"/pool/{pool}" for pool in self.pools.values())]
+        return {path: found for path in paths if (found := self.permissions(path))}
+
+    def _require(self, path: str, *any_of: str) -> None:
+        if not any(privilege in self.permissions(path) for privilege in any_of):
+            raise refused(403, f"Permission check failed ({path}, {'|'.join(any_of)})")
 
     def _require_node(self, node: str) -> None:
-        """Any other name is another node's, which pveproxy looks up and cannot reach."""
+        """Refuse another name: it would be another node's, which pveproxy cannot reach."""
         if node in (self.name, "localhost"):
             return
         if node.lower().partition(".")[0] == self.name.lower():
@@ -629,45 +961,116 @@ class SimulatedNode(Server):
         problem = f"failed to get address info for: {node}: Temporary failure in name resolution"
         raise refused(500, f"hostname lookup '{node}' failed - {problem}")
 
-    def _node_entry(self) -> dict[str, object]:
-        entry: dict[str, object] = {"id": f"node/{self.name}", "level": "", "node": self.name, "status": "online", "type": "node"}
-        if self.certificates:
-            entry["ssl_fingerprint"] = self.certificates.fingerprint
-        return entry | (self.resources if self._has("Sys.Audit", f"/nodes/{self.name}") else {})
+    def _resources(self) -> list[dict[str, object]]:
+        """Return the entries of /cluster/resources that the token may see."""
+        expired = self.resources_age_seconds > EXPIRY_SECONDS
+        own = OtherNode(self.name, None, [*self.guests, *self.vms], self.storages)
+        # Path, privilege that its entry takes, entry.
+        entries: list[tuple[str, str, dict[str, object]]] = []
+        for node in (own, *self.other_nodes):
+            stale = expired if node is own else node.status != "online"
+            for guest in node.guests:
+                path = f"/vms/{guest.vmid}"
+                entry = guest.resource(node.name, stale=stale)
+                pool = self.pools.get(path)
+                if pool and "Pool.Audit" in self.permissions(f"/pool/{pool}"):
+                    entry["pool"] = pool
+                entries.append((path, "VM.Audit", entry))
+            for storage in node.storages:
+                entry = storage.resource(node.name, stale=stale)
+                entries.append((f"/storage/{storage.name}", "Datastore.Audit", entry))
+        for pool in set(self.pools.values()):
+            entry = {"id": f"/pool/{pool}", "pool": pool, "type": "pool"}
+            entry |= {} if expired else POOL_RESOURCES
+            entries.append((f"/pool/{pool}", "Pool.Audit", entry))
+        entries.append(("/sdn/zones/localnetwork", "SDN.Audit", json.loads(ZONE)))
+        nodes = [self._node_entry(self.name, "unknown" if expired else "online")]
+        nodes += [
+            self._node_entry(node.name, node.status) for node in self.other_nodes if node.status
+        ]
+        allowed = [entry for path, needed, entry in entries if needed in self.permissions(path)]
+        return allowed + nodes
 
-    def _guest_config(self, vmid: str, current: str) -> dict[str, object]:
+    def _node_entry(self, name: str, status: str) -> dict[str, object]:
+        entry: dict[str, object] = {"cgroup-mode": 2, "id": f"node/{name}", "node": name}
+        entry |= {"status": status, "type": "node"}
+        if status != "online":
+            return entry
+        entry["level"] = ""
+        if "Sys.Audit" not in self.permissions(f"/nodes/{name}"):
+            return entry
+        if name != self.name:
+            return entry | self.resources | {"cpu": 0.75, "uptime": 86400}
+        uptime = self.status.get("uptime")
+        if isinstance(uptime, int):
+            entry["uptime"] = uptime - self.resources_age_seconds
+        return entry | self.resources
+
+    def _guest_config(self, kind: str, vmid: str, current: str) -> dict[str, object]:
         if not re.fullmatch("-?[0-9]+", vmid):
             raise bad_parameter("vmid", f"type check ('integer') failed - got '{vmid}'")
         if not 100 <= int(vmid) <= 999_999_999:
-            raise bad_parameter("vmid", "invalid format - value does not look like a valid VM ID\n")
+            problem = "invalid format - value does not look like a valid VM ID\n"
+            raise bad_parameter("vmid", problem)
         if current not in ("0", "1"):
             raise bad_parameter("current", f"type check ('boolean') failed - got '{current}'")
-        for guest in self.guests:
-            if guest.vmid == int(vmid) and not guest.vanished:
+        for guest in (*self.guests, *self.vms):
+            if guest.vmid == int(vmid) and guest.type == kind and not guest.vanished:
                 return guest.config_entry(current=current == "1")
-        raise refused(500, f"Configuration file 'nodes/{self.name}/lxc/{vmid}.conf' does not exist")
+        folder = "lxc" if kind == "lxc" else "qemu-server"
+        path = f"nodes/{self.name}/{folder}/{vmid}.conf"
+        raise refused(500, f"Configuration file '{path}' does not exist")
+
+    def _backups(self, name: str, keep: str) -> list[dict[str, object]]:
+        if keep != "keep-all=1":
+            raise bad_parameter("prune-backups", "invalid format - format error\n")
+        storage = next((storage for storage in self.storages if storage.name == name), None)
+        if storage is None:
+            raise refused(500, f"storage '{name}' does not exist")
+        if "backup" not in storage.content.split(","):
+            raise refused(500, f"storage '{name}' does not support backups")
+        if storage.problem:
+            raise refused(500, storage.problem)
+        return storage.backups
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
+
+
+SCHEMA: Final = Path(__file__).parent / "host-report.schema.json"
+# Each collection in its report is sorted by these keys and names nothing twice.
+SORT_KEYS: Final = {
+    "guests": ("vmid",),
+    "storage_targets": ("storage",),
+    "backups": ("vmid", "storage"),
+}
 
 
 def refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} stands in it")
+    raise ValueError(f"{name} is not JSON")
 
 
 @functools.cache
 def report_schema() -> jsonschema.protocols.Validator:
-    """Draft 2020-12 with the types of draft 4: newer drafts take 1.0 for an integer, a hub with typed fields does not."""
+    """Return a validator for draft 2020-12, but with the types of draft 4.
+
+    Newer drafts take 1.0 for an integer; a hub with typed fields does not.
+    """
     import jsonschema
 
-    types = jsonschema.Draft4Validator.TYPE_CHECKER
-    validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=types)  # type: ignore[no-untyped-call]
-    schema: jsonschema.protocols.Validator = validator(json.loads((Path(__file__).parent / "host-report.schema.json").read_text("utf-8")))
+    strict = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+        jsonschema.Draft202012Validator, type_checker=jsonschema.Draft4Validator.TYPE_CHECKER
+    )
+    schema: jsonschema.protocols.Validator = strict(json.loads(SCHEMA.read_text("utf-8")))
     return schema
 
 
 class SimulatedHub(Server):
-    """Takes host reports: `reports` has those it accepted, `rejected` says why it took others not; `envelope` is what it answers."""
+    """A hub that takes host reports.
+
+    `reports` has those it accepted, `rejected` the reasons why it refused others; `envelope` is its
+    reply.
+    """
 
     server_name = "hub"
 
@@ -682,12 +1085,8 @@ class SimulatedHub(Server):
         super().__init__(certificates)
         self.api_key = api_key
         self.base = prefix
-        self.envelope: dict[str, object] = {
-            "poll_interval_seconds": 900,
-            "blocked": False,
-            "desired_generation": 0,
-            "has_signed_ops": False,
-        }
+        self.envelope: dict[str, object] = {"poll_interval_seconds": 900, "blocked": False}
+        self.envelope |= {"desired_generation": 0, "has_signed_ops": False}
         self.reports: list[dict[str, object]] = []
         self.rejected: list[str] = []
         self._schema = report_schema()
@@ -698,8 +1097,8 @@ class SimulatedHub(Server):
         return super().url + self.base
 
     def wait_for_reports(self, count: int, timeout_seconds: float) -> None:
-        """Return once this many reports have been accepted in all; TimeoutError if they are not."""
-        self._wait_for(lambda: len(self.reports) >= count, f"{len(self.reports)} of {count} reports", timeout_seconds)
+        """Return once so many reports have been accepted in all. Raises TimeoutError."""
+        self._wait_for(self.reports, count, "reports", timeout_seconds)
 
     def answer(self, request: Request) -> Reply:
         try:
@@ -709,7 +1108,8 @@ class SimulatedHub(Server):
             with self._changed:
                 self.rejected.append(line)
         else:
-            line, reply = f"report {len(self.reports) + 1}, {len(request.body)} bytes", json_reply(self.envelope)
+            line = f"report {len(self.reports) + 1}, {len(request.body)} bytes"
+            reply = json_reply(self.envelope)
             with self._changed:
                 self.reports.append(report)
                 self._changed.notify_all()
@@ -733,65 +1133,87 @@ class SimulatedHub(Server):
         try:
             report = json.loads(request.body, parse_constant=refuse_constant)
         except ValueError as exc:
-            raise refuse(400, f"no JSON: {exc}") from exc
-        if problems := [f"{error.json_path}: {error.message}" for error in self._schema.iter_errors(report)]:
+            raise refuse(400, f"not JSON: {exc}") from exc
+        errors = self._schema.iter_errors(report)
+        if problems := [f"{error.json_path}: {error.message}" for error in errors]:
             raise refuse(422, "; ".join(problems))
-        if not isinstance(report, dict) or (vmids := [guest["vmid"] for guest in report["guests"]]) != sorted(set(vmids)):
-            raise refuse(422, "$.guests: not in the order of their vmids, or one twice")
-        return report
+        valid: dict[str, Any] = report
+        for collection, keys in SORT_KEYS.items():
+            places = [tuple(entry[key] for key in keys) for entry in valid[collection]]
+            if places != sorted(set(places)):
+                raise refuse(
+                    422, f"$.{collection}: not sorted by {' and '.join(keys)}, or one twice"
+                )
+        return valid
 
 
-# --- for whoever wants to look ------------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def configuration(node: SimulatedNode, hub: SimulatedHub) -> dict[str, dict[str, object]]:
-    """The agent's configuration with which it reaches both."""
-    proxmox: dict[str, object] = {"url": node.url, "node": node.name, "token_id": node.token_id, "token_secret": node.token_secret}
+    """Return the configuration with which the agent reaches both."""
+    proxmox: dict[str, object] = {"url": node.url, "node": node.name, "token_id": node.token_id}
+    proxmox["token_secret"] = node.token_secret
     to_hub: dict[str, object] = {"url": hub.url, "host_id": node.name, "api_key": hub.api_key}
-    return {
-        "proxmox": proxmox | ({"ca_file": str(node.certificates.ca_file)} if node.certificates else {}),
-        "hub": to_hub | ({"ca_file": str(hub.certificates.ca_file)} if hub.certificates else {}),
-    }
+    if node.certificates:
+        proxmox["ca_file"] = str(node.certificates.ca_file)
+    if hub.certificates:
+        to_hub["ca_file"] = str(hub.certificates.ca_file)
+    return {"proxmox": proxmox, "hub": to_hub}
 
 
 def environment(node: SimulatedNode, hub: SimulatedHub) -> dict[str, str]:
-    """The same as FELHOM_AGENT_* variables."""
-    sections = configuration(node, hub).items()
-    return {f"FELHOM_AGENT_{section}_{key}".upper(): str(value) for section, keys in sections for key, value in keys.items()}
+    """Return the same as FELHOM_AGENT_* variables."""
+    return {
+        f"FELHOM_AGENT_{section}_{key}".upper(): str(value)
+        for section, keys in configuration(node, hub).items()
+        for key, value in keys.items()
+    }
 
 
 def write_at_once(path: Path, text: str) -> None:
-    """So that who waits for the file never reads half of it."""
+    """Write a file that appears complete or not at all."""
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, "utf-8")
     partial.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A simulated Proxmox VE node and a hub on loopback, until Ctrl-C.")
-    parser.add_argument("--folder", type=Path, help="where the certificates go; default: a temporary folder, removed at the end")
-    parser.add_argument("--guests", type=int, metavar="N", help="so many ordinary containers instead of one of every kind")
-    parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS", help="the node answers so late")
-    parser.add_argument("--poll-seconds", type=int, default=900, metavar="N", help="the interval that the hub wishes for (default: 900)")
-    parser.add_argument("--count", type=int, metavar="N", help="end after so many accepted reports")
-    parser.add_argument("--env-file", "--ready-file", type=Path, metavar="PATH", help="write the environment here once both listen")
-    parser.add_argument("--report-file", type=Path, metavar="PATH", help="write the last accepted report here")
+    parser = argparse.ArgumentParser(
+        description="A simulated Proxmox VE node and a hub on loopback, until Ctrl-C."
+    )
+    option = parser.add_argument
+    option("--folder", type=Path, help="for the certificates (default: a temporary folder)")
+    option("--guests", type=int, metavar="N", help="N ordinary containers, no VMs")
+    option("--latency", type=float, default=0.0, metavar="SECONDS", help="delay the node's answers")
+    option(
+        "--poll-seconds", type=int, default=900, metavar="N", help="the interval in the envelope"
+    )
+    option("--count", type=int, metavar="N", help="end after N accepted reports")
+    option("--env-file", type=Path, metavar="PATH", help="write the environment here when ready")
+    option("--report-file", type=Path, metavar="PATH", help="write the last accepted report here")
     arguments = parser.parse_args(argv)
     for module in ("cryptography", "jsonschema"):
         if importlib.util.find_spec(module) is None:
-            parser.exit(2, f"lab: this needs the package {module}: run ./build.sh test once, then ./build.sh lab\n")
+            hint = "run ./build.sh test once, then ./build.sh lab"
+            parser.exit(2, f"lab: this needs the package {module}: {hint}\n")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
-        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="felhom-lab-")))
+        folder = arguments.folder
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="felhom-lab-")))
         certificates = make_certificates(folder)
         hub_certificates = make_certificates(folder / "hub", generation="current")
         guests = None if arguments.guests is None else many_guests(arguments.guests)
-        node = stack.enter_context(SimulatedNode(certificates, guests=guests, latency_seconds=arguments.latency))
-        hub = stack.enter_context(SimulatedHub(hub_certificates, log=lambda line: print(line, file=sys.stderr, flush=True)))
+        log = functools.partial(print, file=sys.stderr, flush=True)
+        node = SimulatedNode(certificates, guests=guests, latency_seconds=arguments.latency)
+        hub = SimulatedHub(hub_certificates, log=log)
         hub.envelope = {"poll_interval_seconds": arguments.poll_seconds}
-        quoted = {name: value.replace("'", "'\\''") for name, value in environment(node, hub).items()}
-        exports = "".join(f"export {name}='{value}'\n" for name, value in quoted.items())
+        stack.enter_context(node)
+        stack.enter_context(hub)
+        variables = environment(node, hub).items()
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables)
         if arguments.env_file:
             write_at_once(arguments.env_file, exports)
         print(exports, end="", flush=True)
@@ -800,7 +1222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hub.wait_for_reports(seen + 1, threading.TIMEOUT_MAX)
             seen = len(hub.reports)
             if arguments.report_file:
-                write_at_once(arguments.report_file, json.dumps(hub.reports[-1], indent=2, ensure_ascii=False) + "\n")
+                report = json.dumps(hub.reports[-1], indent=2, ensure_ascii=False)
+                write_at_once(arguments.report_file, report + "\n")
     return 0
 
 
