@@ -1,8 +1,9 @@
 #!/bin/sh
-# Builds dist/felhom-agent.pyz, and runs what needs it; `./build.sh help` lists the calls.  Every call first sets up what it
-# needs: a virtual environment, .venv/3.11 for Python 3.11, with the packages that tests/requirements.txt pins.
+# Builds dist/felhom-agent.pyz and runs what needs it; `./build.sh help` lists the commands.
+# What they need from the package index goes into virtual environments under .venv, once.
 set -eu
-umask 022 # file modes stand in the archive
+# File modes are part of the archive.
+umask 022
 unset CDPATH SOURCE_DATE_EPOCH PYTHONHOME PYTHONPATH
 cd -- "$(dirname -- "$0")"
 
@@ -11,14 +12,16 @@ pyz=dist/felhom-agent.pyz
 usage() {
     cat <<'END'
 usage: ./build.sh                   build dist/felhom-agent.pyz
-       ./build.sh demo              build it and watch it send one report from a simulated node to a simulated hub
+       ./build.sh demo [--keep]     build it and report a simulated node to the example hub;
+                                    --keep goes on, and shows the hub's page, until Ctrl-C
        ./build.sh test [ARGUMENT]   build it and run the tests; arguments go to pytest
+
+For work on the agent itself:
        ./build.sh lint              check style, types and shell scripts
-       ./build.sh lab [ARGUMENT]    the simulated node and hub, until Ctrl-C
-       ./build.sh soak [MINUTES]    build it and run the endurance test
-       ./build.sh bench [ARGUMENT]  build it and run the benchmarks
-       ./build.sh help              this text
-$PYTHON names the Python to use (3.11 or newer), else python3 it is.
+       ./build.sh lab [ARGUMENT]    run the simulated node and hub until Ctrl-C
+       ./build.sh soak [MINUTES]    run the agent against random faults
+       ./build.sh bench [ARGUMENT]  measure a cycle
+$PYTHON names the Python to use, 3.11 or newer; the default is python3.
 END
 }
 
@@ -27,95 +30,108 @@ die() {
     exit 1
 }
 
-set_up() {
+check_python() {
     python=${PYTHON:-python3}
     command -v "$python" >/dev/null ||
-        die "$python not found: apt install python3 python3-venv, or name a Python 3.11 or newer in \$PYTHON"
-    identity=$("$python" -c 'import sys; print("%d.%d %d" % sys.version_info[:3] + " " + getattr(sys, "base_prefix", ""))') ||
+        die "$python not found: apt install python3 python3-venv, or set \$PYTHON"
+    identity=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)') ||
         die "$python does not run"
     version=${identity%% *}
     case $version in
-        [12].* | 3.[0-9] | 3.10) die "$python is Python $version, this needs 3.11 or newer: name one in \$PYTHON" ;;
+        [12].* | 3.? | 3.10) die "$python is Python $version, but 3.11 is needed: set \$PYTHON" ;;
     esac
-    venv=.venv/$version
-    # The environment is made anew when its Python or a pin has changed, or when making it was interrupted: made-for comes last.
-    made_for=$(echo "$identity" && cat tests/requirements.txt)
-    if [ "$(cat "$venv/made-for" 2>/dev/null)" != "$made_for" ]; then
-        "$python" -c 'import venv; from ensurepip import version' 2>/dev/null ||
-            die "$python cannot make virtual environments: apt install python3-venv"
-        echo "setting up $venv (once)" >&2
-        "$python" -m venv --clear "$venv" || die "cannot make $venv"
-        install_packages tests/requirements.txt
-        printf '%s\n' "$made_for" >"$venv/made-for"
-    fi
 }
 
-# Every package is pinned, so pip has nothing to resolve; and none is built here, so no package's own set-up code runs.
-install_packages() {
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps --only-binary :all: -r "$1" ||
-        die "cannot install the packages of $1 (pip says why above); only setting up needs the package index, building does not"
+# Makes $venv with the packages that the given files pin, unless it is there already.
+set_up() {
+    venv=.venv/$version-$1
+    shift
+    made_for=$(echo "$identity" && cat "$@")
+    [ "$(cat "$venv/made-for" 2>/dev/null)" != "$made_for" ] || return 0
+    echo "setting up $venv (once)" >&2
+    "$python" -m venv --clear "$venv" ||
+        die "$python cannot make a virtual environment: apt install python3-venv"
+    for file; do
+        # Nothing is resolved and no package's own set-up code runs.
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps \
+            --only-binary :all: --require-hashes -r "$file" || die "cannot install $file"
+    done
+    # Last, so that an interrupted set-up is made again.
+    printf '%s\n' "$made_for" >"$venv/made-for"
 }
 
-# The file is the same, byte for byte, wherever and whenever it is built:
-# - what is packed is copied to an empty folder with a set mode, without pip, whose metadata would name this folder;
+# The archive is the same, byte for byte, wherever and whenever it is built:
+# - shiv packs a folder with just these three files, since pip would add metadata with its path;
 # - --reproducible fixes the time stamps;
-# - --uncompressed, since one zlib compresses differently from another;
-# - shiv packs its own files in the order in which the file system lists them, so they are sorted here.
+# - --uncompressed, because zlib's output depends on its version;
+# - shiv sorts what it packs, but adds its own start-up code in the order of the file system
+#   (1.0.8, no option changes that), so that list is sorted here.
 build() {
-    stage=$(mktemp -d "$PWD/$venv/stage.XXXXXX") # another build may be under way
+    set_up build tests/requirements-build.txt
     mkdir -p dist
-    install -m 644 felhom_agent.py "$stage"
-    # "python3 -I" lets neither Python's environment variables nor a user's own packages into the process that holds the secrets.
-    "$venv/bin/python" -I -c '
+    stage=$(mktemp -d "dist/stage.XXXXXX")
+    install -m 644 felhom_agent.py felhom-agent.service agent.example.json "$stage"
+    # With -I Python ignores its environment variables and the user's own packages on the node.
+    "$venv/bin/python" -I - --site-packages "$stage" --entry-point felhom_agent:main \
+        --python '/usr/bin/python3 -I' --reproducible --uncompressed --output-file "$stage.pyz" <<'END'
 import shiv.builder, shiv.cli
-package_files = shiv.builder.iter_package_files
-shiv.builder.iter_package_files = lambda package: sorted(package_files(package), key=lambda entry: entry[1])
+
+unsorted = shiv.builder.iter_package_files
+shiv.builder.iter_package_files = lambda package: sorted(unsorted(package))
 shiv.cli.main()
-' --site-packages "$stage" --entry-point felhom_agent:main --python '/usr/bin/python3 -I' \
-        --reproducible --uncompressed --output-file "$pyz.$$"
-    rm -rf "$stage"
-    mv "$pyz.$$" "$pyz"
+END
+    rm -r "$stage"
+    # Another build may be under way, so the file appears at once.
+    mv "$stage.pyz" "$pyz"
     echo "$pyz: $(wc -c <"$pyz") bytes, sha256 $(sha256sum "$pyz" | cut -d ' ' -f 1)"
 }
 
+# Sends one report; with --keep reports go on until Ctrl-C, and one can look at the hub's page.
 demo() {
-    lab='' agent='' work=$(mktemp -d)
-    trap 'trap "" HUP INT PIPE TERM; kill $lab $agent 2>/dev/null || :; wait; rm -rf "$work"' EXIT
-    trap 'exit 1' HUP INT PIPE TERM
+    work=$(mktemp -d) children=''
+    trap 'trap "" HUP INT PIPE TERM; kill $children 2>/dev/null || :; wait; rm -rf "$work"' EXIT
+    trap 'exit 130' HUP INT PIPE TERM
 
-    "$venv/bin/python" tests/lab.py --guests 3 --folder "$work/certificates" \
-        --env-file "$work/lab.env" --report-file "$work/report.json" >"$work/lab.log" 2>&1 &
-    lab=$!
-    await "$work/lab.env" "$lab" "$work/lab.log" "the simulated node and hub"
-    # Nothing from here gets to the agent, neither HOME, which a service does not have, nor this machine's own configuration.
-    echo '{}' >"$work/agent.json"
-    chmod 600 "$work/agent.json"
-    # shellcheck disable=SC2016 # the inner shell expands these
-    env -i PATH="$PATH" SHIV_ROOT="$work/shiv" FELHOM_AGENT_CONFIG="$work/agent.json" \
-        sh -c '. "$1" && exec "$2" -I "$3"' sh "$work/lab.env" "$venv/bin/python" "$pyz" 2>"$work/agent.log" &
-    agent=$!
-    await "$work/report.json" "$agent" "$work/agent.log" "the first report"
-    kill -TERM "$agent"
-    status=0
-    wait "$agent" || status=$?
-    agent=''
+    "$venv/bin/python" tests/lab.py --guests 3 --env-file "$work/lab.env" \
+        >"$work/lab.log" 2>&1 &
+    children=$!
+    await "$work/lab.log" test -e "$work/lab.env"
 
-    printf '\n== the log of the agent\n\n'
-    cat "$work/agent.log"
-    printf '\n== what the hub received\n\n'
-    cat "$work/report.json"
-    printf '\n== stopped by SIGTERM with exit status %s\n' "$status"
-    return "$status"
+    (umask 077 && echo '{"pve1": "demo-key"}' >"$work/keys.json")
+    "$venv/bin/python" examples/hub.py --keys "$work/keys.json" --database "$work/hub.sqlite3" \
+        --listen 127.0.0.1:0 --interval 60 >"$work/hub.log" 2>&1 &
+    children="$children $!"
+    await "$work/hub.log" grep -q 'listening on' "$work/hub.log"
+    url=$(sed -n 's|.*listening on \(http://[^/ ]*\).*|\1|p' "$work/hub.log")
+
+    # The agent reads this file and nothing of this machine's own configuration.
+    (umask 077 && echo '{}' >"$work/agent.json")
+    # shellcheck source=/dev/null
+    . "$work/lab.env"
+    export FELHOM_AGENT_CONFIG="$work/agent.json" SHIV_ROOT="$work/shiv"
+    export FELHOM_AGENT_HUB_URL="$url" FELHOM_AGENT_HUB_API_KEY=demo-key FELHOM_AGENT_HUB_CA_FILE=
+
+    printf '\n== felhom-agent.pyz --selftest=hub\n\n'
+    "$venv/bin/python" -I "$pyz" --selftest=hub
+    if [ "${1-}" = --keep ]; then
+        printf '\n== the page of the hub: %s/ (Ctrl-C ends all of it)\n\n' "$url"
+        "$venv/bin/python" -I "$pyz" &
+        children="$children $!"
+        wait $!
+    else
+        printf '\n== ./build.sh demo --keep goes on, so that one can look at the page of the hub\n'
+    fi
 }
 
-# Waits for file $1 as long as process $2 lives and half a minute at most; $3 is that process's output, $4 what is awaited.
+# Waits until a command succeeds, as long as the last child lives, but at most half a minute.
 await() {
-    tries=300
-    until [ -e "$1" ]; do
+    log=$1 tries=300
+    shift
+    until "$@" 2>/dev/null; do
         tries=$((tries - 1))
-        if [ "$tries" -eq 0 ] || ! kill -0 "$2" 2>/dev/null; then
-            cat "$3" >&2
-            die "$4 did not come"
+        if [ "$tries" -eq 0 ] || ! kill -0 $! 2>/dev/null; then
+            cat "$log" >&2
+            die "the demo could not start"
         fi
         sleep 0.1
     done
@@ -125,29 +141,26 @@ lint() {
     "$venv/bin/python" -m ruff check .
     "$venv/bin/python" -m ruff format --check .
     "$venv/bin/python" -m mypy
-    set -- build.sh .ci/run
-    [ ! -e tests/systemd/run ] || set -- "$@" tests/systemd/run
-    if command -v shellcheck >/dev/null; then shellcheck "$@"; else echo "no shellcheck here: shell scripts are not checked" >&2; fi
+    command -v shellcheck >/dev/null || die "needs shellcheck: apt install shellcheck"
+    shellcheck build.sh .ci/run tests/systemd/boot tests/systemd/run
 }
 
-call=${1-build}
+command=${1-build}
 [ $# -eq 0 ] || shift
-case $call in
-    build | demo | test | lint | lab | soak | bench) set_up ;;
+case $command in
+    build | demo | test | soak | bench) check_python && build ;;
+    lint | lab) check_python ;;
     help | -h | --help) usage && exit ;;
     *) usage >&2 && exit 2 ;;
 esac
-case $call in
-    lint | lab) ;;
-    *) build ;;
+case $command in
+    build) exit ;;
+    bench) set_up bench tests/requirements.txt tests/requirements-bench.txt ;;
+    *) set_up test tests/requirements.txt ;;
 esac
-case $call in
-    demo) demo ;;
+case $command in
+    demo) demo "$@" ;;
     lint) lint ;;
     test) FELHOM_AGENT_PYZ=$PWD/$pyz exec "$venv/bin/python" -m pytest "$@" ;;
-    lab | soak) PYTHONPATH=$PWD exec "$venv/bin/python" "tests/$call.py" "$@" ;;
-    bench)
-        install_packages tests/requirements-bench.txt
-        exec "$venv/bin/python" tests/bench.py "$@"
-        ;;
+    *) PYTHONPATH=$PWD exec "$venv/bin/python" "tests/$command.py" "$@" ;;
 esac

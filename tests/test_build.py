@@ -1,15 +1,17 @@
-"""build.sh, and the file that it builds, run as an administrator or a service runs it."""
+"""build.sh, and the archive that it builds, run as an administrator or a service runs it."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,21 +20,26 @@ import felhom_agent
 import lab
 
 ROOT = Path(__file__).parent.parent
-PYTHON = os.path.realpath(sys.executable)  # not the virtual environment's, whose packages could stand in for something missing
+# Not that of the virtual environment, whose packages could stand in for a missing one.
+PYTHON = os.path.realpath(sys.executable)
+PACKED = ("agent.example.json", "felhom-agent.service", "felhom_agent.py")
+# What the archive does with these variables changes how it unpacks, but not what it runs.
+HARMLESS = {"SHIV_FORCE_EXTRACT", "SHIV_COMPILE_PYC", "SHIV_COMPILE_WORKERS"}
+HARMLESS |= {"SHIV_EXTEND_PYTHONPATH"}
 
 
 @pytest.fixture(scope="session")
 def pyz() -> Path:
-    """The built file: the one that `build.sh test` has just made, else a new one."""
+    """The archive: the one that `./build.sh test` has just built, or a new one."""
     if built := os.environ.get("FELHOM_AGENT_PYZ"):
         return Path(built)
-    subprocess.run(["sh", ROOT / "build.sh"], env={**os.environ, "PYTHON": PYTHON}, stdout=subprocess.PIPE, check=True)
+    build(ROOT)
     return ROOT / "dist" / "felhom-agent.pyz"
 
 
 @pytest.fixture(scope="session")
 def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a service has: a PATH, no HOME, and here a place for shiv to unpack to."""
+    """What a service has: a PATH, no HOME, and a folder for shiv to unpack to."""
     return {"PATH": os.environ["PATH"], "SHIV_ROOT": str(tmp_path_factory.mktemp("shiv"))}
 
 
@@ -42,130 +49,185 @@ def environment(bare_environment: dict[str, str], agent_config: Path) -> dict[st
     return {**bare_environment, "FELHOM_AGENT_CONFIG": str(agent_config)}
 
 
-def run(pyz: Path, *arguments: str, environment: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def build(folder: Path, *arguments: str, umask: int = -1, **environment: str) -> str:
+    return subprocess.run(
+        ["sh", folder / "build.sh", *arguments],
+        env={**os.environ, "PYTHON": PYTHON, **environment},
+        cwd="/",
+        umask=umask,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=50,
+        check=True,
+    ).stdout
+
+
+def run(
+    pyz: Path, *arguments: str, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     command = [PYTHON, "-I", str(pyz), *arguments]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
 
 
-def build_elsewhere(folder: Path, **environment: str) -> bytes:
-    """Build in a copy of the checkout, with file modes that nobody but its owner may read, and return the file."""
-    (folder / "tests").mkdir(parents=True)
-    for name in ("build.sh", "felhom_agent.py", "tests/requirements.txt"):
-        shutil.copy(ROOT / name, folder / name)
-        (folder / name).chmod(0o600)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
-    everything = {**os.environ, "PYTHON": PYTHON, **environment}
-    subprocess.run(["sh", folder / "build.sh"], env=everything, cwd="/", umask=0o077, stdout=subprocess.PIPE, check=True)
-    return (folder / "dist" / "felhom-agent.pyz").read_bytes()
-
-
-def tree(folder: Path) -> set[tuple[str, int]]:
+def list_files(folder: Path) -> set[tuple[str, int]]:
     return {(str(path), path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-# --- the archive ----------------------------------------------------------------------------------------------------------------------
+# --- the archive ---------------------------------------------------------------------------------
 
 
-def test_every_build_is_the_same_byte_for_byte(pyz: Path, tmp_path: Path) -> None:
-    other = {"TZ": "Pacific/Auckland", "SOURCE_DATE_EPOCH": "1700000000", "CDPATH": "/", "PYTHONPATH": "/nowhere", "LC_ALL": "C"}
-    assert build_elsewhere(tmp_path / "a path with spaces", **other) == pyz.read_bytes()
+def test_build_is_the_same_byte_for_byte_in_another_folder(pyz: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a path with spaces"
+    (folder / "tests").mkdir(parents=True)
+    for name in ("build.sh", "tests/requirements-build.txt", *PACKED):
+        shutil.copy(ROOT / name, folder / name)
+        (folder / name).chmod(0o600)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    environment = {"TZ": "Pacific/Auckland", "SOURCE_DATE_EPOCH": "1700000000", "LC_ALL": "C"}
+    build(folder, umask=0o077, CDPATH="/", PYTHONPATH="/nowhere", **environment)
+    assert (folder / "dist" / "felhom-agent.pyz").read_bytes() == pyz.read_bytes()
 
 
-def test_archive_holds_the_module_and_the_start_code_of_shiv_and_nothing_else(pyz: Path) -> None:
-    found = importlib.util.find_spec("shiv.bootstrap")
-    assert found is not None
-    assert found.origin is not None
-    expected = {f"_bootstrap/{path.name}": path.read_bytes() for path in Path(found.origin).parent.glob("*.py")}
-    expected["site-packages/felhom_agent.py"] = (ROOT / "felhom_agent.py").read_bytes()
+def test_archive_holds_three_files_and_the_start_code_of_shiv(pyz: Path) -> None:
     with zipfile.ZipFile(pyz) as archive:
-        names = [name for name in archive.namelist() if name.startswith("_bootstrap/")]
         content = {name: archive.read(name) for name in archive.namelist()}
-    assert names == sorted(names)  # not in the order of the file system
-    settings = json.loads(content.pop("environment.json"))
-    assert content.pop("__main__.py").splitlines()[1:] == [b"import _bootstrap", b"_bootstrap.bootstrap()"]
-    assert content == expected
-    assert settings["entry_point"] == "felhom_agent:main"
-    assert settings["built_at"].startswith("1980-01-01 ")  # no date of today
-    assert not [value for value in settings.values() if "/" in str(value)]  # no path of the machine that built it
+        modes = {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()}
+    start_code = [name for name in content if name.startswith("_bootstrap/")]
+    for name in PACKED:
+        assert content.pop(f"site-packages/{name}") == (ROOT / name).read_bytes()
+    assert list(content) == [*start_code, "environment.json", "__main__.py"]
+    # Not in the order of the file system.
+    assert start_code == sorted(start_code)
+    # 0o600: what zipfile gives to a file that it writes from memory.
+    assert modes <= {0o644, 0o600}
+    assert "/" not in content["environment.json"].decode()
 
 
-def test_packed_files_are_readable_for_a_service_and_writable_for_their_owner_only(pyz: Path) -> None:
-    with zipfile.ZipFile(pyz) as archive:
-        modes = {entry.filename: entry.external_attr >> 16 & 0o777 for entry in archive.infolist() if "/" in entry.filename}
-    assert set(modes.values()) == {0o644}, modes
-
-
-def test_file_is_executable_with_the_isolated_python_of_a_node(pyz: Path) -> None:
+def test_archive_is_executable_with_the_isolated_python_of_a_node(pyz: Path) -> None:
     assert pyz.stat().st_mode & 0o777 == 0o755
     assert pyz.read_bytes().partition(b"\n")[0] == b"#!/usr/bin/python3 -I"
 
 
-# --- the built file, run --------------------------------------------------------------------------------------------------------------
+def test_unit_unsets_each_variable_that_makes_the_archive_run_other_code(pyz: Path) -> None:
+    with zipfile.ZipFile(pyz) as archive:
+        variables = set(re.findall("SHIV_[A-Z_]+", str(archive.read("_bootstrap/environment.py"))))
+    unit = (ROOT / "felhom-agent.service").read_text("utf-8").replace("\\\n", "")
+    unset = re.findall("SHIV_[A-Z_]+", re.findall("^UnsetEnvironment=.*", unit, re.MULTILINE)[0])
+    assert variables - HARMLESS - set(unset) == {"SHIV_ROOT"}
 
 
-def test_version_is_told_without_home_and_nothing_is_written_beside_the_file(
+# --- the archive, run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("unit", "felhom-agent.service"), ("config", "agent.example.json")]
+)
+def test_archive_prints_the_files_that_it_carries(
+    pyz: Path, bare_environment: dict[str, str], what: str, name: str
+) -> None:
+    done = run(pyz, f"--print={what}", environment=bare_environment)
+    assert (done.returncode, done.stdout) == (0, (ROOT / name).read_text("utf-8"))
+
+
+def test_archive_writes_nothing_beside_itself(
     pyz: Path, bare_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    installed = tmp_path / "read-only"
-    installed.mkdir()
-    copy = Path(shutil.copy(pyz, installed))
-    installed.chmod(0o555)
-    done = run(copy, "--version", environment=bare_environment, cwd=installed)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"felhom-agent {felhom_agent.__version__}\n", "")
-    assert list(installed.iterdir()) == [copy]
+    copy = Path(shutil.copy(pyz, tmp_path))
+    done = run(copy, "--version", environment=bare_environment)
+    assert done.stdout == f"felhom-agent {felhom_agent.__version__}\n"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == [copy]
 
 
-def test_second_start_writes_nothing_where_the_first_unpacked(pyz: Path, bare_environment: dict[str, str], tmp_path: Path) -> None:
+def test_second_start_unpacks_nothing(
+    pyz: Path, bare_environment: dict[str, str], tmp_path: Path
+) -> None:
     environment = {**bare_environment, "SHIV_ROOT": str(tmp_path)}
     run(pyz, "--version", environment=environment)
-    unpacked = tree(tmp_path)
+    unpacked = list_files(tmp_path)
     assert run(pyz, "--version", environment=environment).returncode == 0
-    assert tree(tmp_path) == unpacked
+    assert list_files(tmp_path) == unpacked
 
 
-def test_exit_status_of_main_is_the_exit_status(pyz: Path, bare_environment: dict[str, str], tmp_path: Path) -> None:
-    done = run(pyz, "--selftest=config", "--config", str(tmp_path / "missing.json"), environment=bare_environment)
+def test_exit_status_of_main_is_that_of_the_process(
+    pyz: Path, bare_environment: dict[str, str], tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing.json")
+    done = run(pyz, "--selftest=config", "--config", missing, environment=bare_environment)
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_selftest_proxmox_prints_the_report_and_sends_none(pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub) -> None:
-    done = run(pyz, "--selftest=proxmox", environment=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["guests"]
-    assert hub.requests == []
-
-
-def test_selftest_hub_sends_the_one_report_that_it_prints(pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub) -> None:
+def test_selftest_hub_sends_the_one_report_that_it_prints(
+    pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub
+) -> None:
     done = run(pyz, "--selftest=hub", environment=environment)
     assert done.returncode == 0, done.stderr
     assert [json.loads(done.stdout)["report"]] == hub.reports
 
 
-def test_daemon_reports_at_once_and_sigterm_ends_it_with_0(pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub) -> None:
-    with subprocess.Popen([PYTHON, "-I", pyz], env=environment, stderr=subprocess.PIPE, text=True) as daemon:
+def test_daemon_reports_at_once_and_exits_with_0_on_sigterm(
+    pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub
+) -> None:
+    command = [PYTHON, "-I", str(pyz)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as daemon:
         try:
             hub.wait_for_reports(1, 20)
             daemon.send_signal(signal.SIGTERM)
-            _, log = daemon.communicate(timeout=2)
+            _, log = daemon.communicate(timeout=5)
         finally:
             daemon.kill()
     assert daemon.returncode == 0, log
     assert len(hub.reports) == 1
 
 
-# --- build.sh -------------------------------------------------------------------------------------------------------------------------
+# --- build.sh ------------------------------------------------------------------------------------
 
 
-def test_unknown_call_shows_the_usage_and_ends_with_2() -> None:
-    done = subprocess.run(["sh", ROOT / "build.sh", "frobnicate"], capture_output=True, text=True, check=False)
+def test_unknown_command_shows_the_usage_and_exits_with_2() -> None:
+    command = ["sh", str(ROOT / "build.sh"), "frobnicate"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: ./build.sh ")
 
 
-def test_python_that_is_too_old_is_named(tmp_path: Path) -> None:
+def test_python_that_is_too_old_is_refused(tmp_path: Path) -> None:
     old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\necho 3.10 14 /usr\n", "utf-8")
+    old.write_text("#!/bin/sh\necho 3.10 /usr\n", "utf-8")
     old.chmod(0o755)
-    done = subprocess.run(["sh", ROOT / "build.sh"], env={**os.environ, "PYTHON": str(old)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sh", ROOT / "build.sh"],
+        env={**os.environ, "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
     assert done.returncode == 1
-    assert f"{old} is Python 3.10, this needs 3.11 or newer" in done.stderr
+    assert f"{old} is Python 3.10, but 3.11 is needed" in done.stderr
+
+
+def test_demo_shows_the_report_and_leaves_no_process() -> None:
+    with subprocess.Popen(
+        ["sh", ROOT / "build.sh", "demo", "--keep"],
+        env={**os.environ, "PYTHON": PYTHON},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as demo:
+        try:
+            assert demo.stdout
+            shown = ""
+            while "the page of the hub: http://127.0.0.1:" not in shown:
+                line = demo.stdout.readline()
+                assert line, shown
+                shown += line
+            assert '"envelope"' in shown
+            demo.terminate()
+            assert demo.wait(10) == 130
+            with pytest.raises(ProcessLookupError):
+                os.killpg(demo.pid, 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(demo.pid, signal.SIGKILL)
