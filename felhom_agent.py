@@ -1,31 +1,28 @@
-"""felhom-agent: reads one Proxmox VE node and reports it to a hub.
+"""felhom-agent: report the state of one Proxmox VE node to a hub.
 
-What leaves the host: one JSON document per interval (`HostReport`), by POST to `hub.url` and nowhere else: figures of the node,
-its LXC containers with what each is given, and the state of the cloudflared unit.  The hub's answer (`ControlEnvelope`) can
-change the interval, between one minute and one hour, and nothing else.
+Once per interval the agent reads the node through the Proxmox API (GET requests only), asks systemd
+whether the cloudflared tunnel is running, and posts one JSON document (`HostReport`) to `hub.url`.
+Nothing else leaves the host.  The report is the heartbeat: if it stops, the hub raises the alarm.
 
-What it never does: change anything on the node (Proxmox only ever gets GET), write a file, follow a redirect, run a command
-other than `systemctl is-active`, or show its two secrets.  The token's secret goes to Proxmox alone, the API key to the hub alone.
+The agent never changes the node, writes no file, follows no redirect, and runs no command other
+than `systemctl is-active UNIT`.  The token secret is sent only to Proxmox and the API key only to
+the hub; both are masked in everything the agent prints.  The hub can change the interval (60 to
+3600 seconds) and, with Retry-After, postpone the next report by at most two hours; nothing else.
 
-How to read it: top to bottom, each part uses only those above it; `main` at the end ties them together.  A guest comes from
-`ProxmoxClient.list_lxc` and `guest_configs` through `build_guest` into the report of `Collector.collect`, which
-`HubClient.report` sends.  The interval in the answer goes through `Loop._adopt` to `next_try`, which says when to go on.
+Read it from top to bottom: each section uses only those above it.  `main` at the end picks the
+mode.  `Loop.cycle` is one heartbeat: `Collector.collect` builds the report, `HubClient.report`
+sends it.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import calendar
 import contextlib
 import dataclasses
-import email.utils
 import errno
-import functools
-import gc
 import hashlib
 import http.client
-import io
 import ipaddress
 import json
 import logging
@@ -33,467 +30,360 @@ import math
 import os
 import random
 import re
-import select
 import signal
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar
 
 __version__: Final = "0.3.0"
 
 MIN_POLL_SECONDS: Final = 60
 MAX_POLL_SECONDS: Final = 3600
-RETRY_SECONDS: Final = 15
-PROBE_SECONDS: Final = 5
-# A collect ends after this many of proxmox.timeout_seconds: that is enough for each call before the guests, and leaves the guests some.
+FIRST_RETRY_SECONDS: Final = 15
+SYSTEMCTL_SECONDS: Final = 5
+# All calls of a collect together, as a multiple of proxmox.timeout_seconds.
 COLLECT_TIMEOUTS: Final = 6
-# pveproxy has three workers, so a fourth request in flight only queues; and a TLS handshake costs as much as some ten
-# configuration calls, so few guests are read over one connection.
-MAX_IN_FLIGHT: Final = 3
-GUESTS_PER_CONNECTION: Final = 20
-MAX_PROXMOX_BYTES: Final = 8 << 20
-MAX_ENVELOPE_BYTES: Final = 1 << 20
-MAX_CONTAINERS: Final = 10_000  # objects and arrays in one answer, of which each takes far more memory than its two characters
-MAX_FILE_BYTES: Final = 4 << 20
-MAX_HEADER_BYTES: Final = 1 << 20
-MAX_HEADERS: Final = 100  # this and the next as in http.client
-MAX_HEADER_LINE_BYTES: Final = 65536
-PIECE_BYTES: Final = 65536
-MAX_FIGURE: Final = 2**53 - 1  # above it a JSON number is not exact in every language; in bytes it is 8 PiB
+# pvestatd refreshes /cluster/resources every 10 s; an older list is not believed.
+MAX_AGE_SECONDS: Final = 60
+# What the watchdog allows for name lookups, which Python cannot interrupt; see resolv.conf(5).
+LOOKUP_SECONDS: Final = 120
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
-GRANT: Final = "pveum acl modify / --users {user} --roles PVEAuditor"
+REPORT_PATH: Final = "/api/v1/host-report"
 
 LOG: Final = logging.getLogger("felhom-agent")
 
-
-# ---- errors, and what is said of them ---------------------------------------------------------------------------------------
-
-
-class AgentError(Exception):
-    """A cycle failed.  The text says operation, result and mend and holds no secret; `headline` is for `systemctl status`."""
-
-    def __init__(self, text: str, *, headline: str = "collect failed", retryable: bool = True, retry_after: float | None = None) -> None:
-        super().__init__(text)
-        self.headline = headline
-        self.retryable = retryable  # whether asking again before the next interval can help
-        self.retry_after = retry_after  # seconds, where the server named them
+T = TypeVar("T")
 
 
-class TransportError(AgentError):
-    """No answer from the server that was meant: connect, TLS, time-out, cut off, or an answer of another shape."""
-
-
-class HTTPError(AgentError):
-    """The server answered with the `status` of a failure."""
-
-    def __init__(self, text: str, *, status: int, headline: str = "", retry_after: float | None = None) -> None:
-        passing = status in (408, 425, 429) or not 400 <= status < 500
-        super().__init__(text, headline=headline, retryable=passing, retry_after=retry_after if status in (429, 503) else None)
-        self.status = status
+# ---- errors and logging --------------------------------------------------------------------------
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; one problem a line."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(f"config: {problem}" for problem in problems))
+    """The configuration is invalid; one line per problem."""
 
 
-def explain(exc: Exception) -> tuple[str, Exception | None]:
-    """Return what to say of `exc`; a fault of our own comes with itself, for its traceback."""
-    return (str(exc), None) if isinstance(exc, AgentError) else (f"a fault of the agent, please report it: {type(exc).__name__}", exc)
+class AgentError(Exception):
+    """A report could not be made or sent.  The message says what failed and how to mend it."""
+
+    retry_after: int | None = None
 
 
-def clean(text: str, secrets: Iterable[str] = (), limit: int = 300) -> str:
-    """Return `text` fit for a log line: secrets replaced, control characters escaped, cut at `limit` characters."""
-    for form in secrets:
-        text = text.replace(form, "***")
-    text = text if len(text) <= limit else text[:limit] + "…"
+class TransportError(AgentError):
+    """The server sent no response, or one that this server would not send."""
+
+
+class HTTPError(AgentError):
+    """The server answered with an error status; `retry_after` is its Retry-After, in seconds."""
+
+    def __init__(self, message: str, *, status: int, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+
+def secret_forms(secret: str) -> tuple[str, ...]:
+    """Return the forms in which a secret is masked: as it is and in base64."""
+    encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
+    return (secret, encoded) if secret else ()
+
+
+def sanitize(text: str, secrets: Iterable[str] = (), maximum: int = 300) -> str:
+    """Return `text` as one printable line of limited length, with the secrets masked."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    text = text if len(text) <= maximum else text[:maximum] + "…"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def secret_forms(*secrets: str) -> tuple[str, ...]:
-    """Return each secret as it is and as JSON, Python, a URL and base64 write it, the longest first."""
-    forms = set()
-    for secret in secrets:
-        encoded = secret.encode("utf-8", "surrogatepass")
-        forms |= {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], urllib.parse.quote(encoded, ""), urllib.parse.quote(encoded)}
-        forms |= {base64.b64encode(encoded).decode().rstrip("="), base64.urlsafe_b64encode(encoded).decode().rstrip("=")}
-    return tuple(sorted(forms - {""}, key=len, reverse=True))
+class LogFormatter(logging.Formatter):
+    """Mask secrets, escape control characters, and indent what follows the first line."""
+
+    secrets: tuple[str, ...] = ()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record, with a priority for the journal (sd-daemon(3)) or with its time."""
+        lines = [sanitize(line, self.secrets, 2000) for line in super().format(record).split("\n")]
+        if "JOURNAL_STREAM" not in os.environ:
+            return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines)
+        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
+        return f"<{priority}>" + f"\n<{priority}>    ".join(lines)
 
 
-class Changes:
-    """Says what is wrong when it begins or changes, repeats it at debug level, and says when it is over."""
+class WarnOnce:
+    """Log a problem when it starts or changes, and once more when it is over."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._told: dict[str, str] = {}
+        self._current: dict[str, str] = {}
 
-    def tell(self, topic: str, wrong: str, right: str = "", bug: Exception | None = None) -> None:
-        """Warn of what is `wrong`, with the traceback of a `bug`; say that it is `right` where nothing is wrong any more."""
-        before = self._told.pop(topic, "")
-        if wrong:
-            self._told[topic] = wrong
-            again = before == wrong
-            self._logger.log(logging.DEBUG if again else logging.WARNING, "%s", wrong, exc_info=None if again else bug)
-        elif before:
-            self._logger.info("%s", right)
+    def problem(self, topic: str, message: str, *, key: str = "", bug: bool = False) -> None:
+        """Log a warning, or at debug level while `key` (by default the message) stays the same.
 
+        With `bug` the warning shows the traceback of the current exception.
+        """
+        known = self._current.get(topic) == (key or message)
+        self._current[topic] = key or message
+        level = logging.DEBUG if known else logging.WARNING
+        self._logger.log(level, "%s", message, exc_info=bug and not known)
 
-# ---- configuration ----------------------------------------------------------------------------------------------------------
-
-
-def read_file(path: str) -> tuple[bytes, int]:
-    """Return content and mode bits of a regular file; OSError or ValueError for anything else, and never a wait."""
-    # O_NONBLOCK: opening a FIFO would wait for its writer.  O_NOFOLLOW: who can plant a link must not choose what is read.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise ValueError("is not a regular file")
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes")
-    return content, mode
+    def resolved(self, topic: str, detail: str = "") -> None:
+        """Log that the problem with `topic`, if there was one, is over."""
+        if self._current.pop(topic, None):
+            self._logger.info("%s: problem resolved%s", topic, detail)
 
 
-def explain_file(exc: Exception) -> str:
-    """Return why a file cannot be used, in the operator's words."""
-    if isinstance(exc, ssl.SSLError):
-        return "holds no PEM certificate"
-    if isinstance(exc, OSError):
-        return "is a symbolic link, name the file itself" if exc.errno == errno.ELOOP else str(exc.strerror)
-    return str(exc)  # of read_file or json: what and where, never the content
+# ---- configuration -------------------------------------------------------------------------------
 
 
 def is_loopback(host: str | None) -> bool:
-    """Tell whether `host` is `localhost` or a loopback address."""
+    """Return whether `host` is localhost or a loopback address."""
     try:
         return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def check_url(url: str, *, prefix: bool = False) -> str:
-    """Return what is wrong with a base address, "" where nothing is; with `prefix` it may have a path."""
-    form = "https://host[:port]" + ("[/prefix]" if prefix else "")
+def check_url(url: str, form: str) -> str:
+    """Return the problem with a base URL of this form, or an empty string."""
+    if not url.isascii():
+        return "must be ASCII: write the host name as xn--…"
     try:
         parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        # `port` raises ValueError above 65535.
+        valid = parts.hostname and parts.port != 0 and parts.scheme in ("http", "https")
     except ValueError:
-        return f"must be {form}"
-    if re.search("[@?#]", url):  # not shown: this is where people put passwords
-        return f"must be {form}, without user, query and fragment"
-    if not host or "%" in parts.netloc or not re.fullmatch(r"[!-~]+", url) or (parts.path.strip("/") and not prefix):
-        return f"must be {form}, got {clean(url)}"
-    return "" if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)) else f"must be https, got {clean(url)}"
-
-
-def check_timeout(seconds: int) -> str:
-    """Return what is wrong with a time-out."""
-    return "" if 1 <= seconds <= 300 else f"must be from 1 to 300, got {seconds}"
-
-
-def check_match(pattern: str, meaning: str) -> Callable[[str], str]:
-    """Return a check that a text matches `pattern` as a whole; what does not is not shown, it may be a secret in the wrong place."""
-    return lambda text: "" if re.fullmatch(pattern, text) else f"must be {meaning}"
-
-
-def setting(default: str | int, check: Callable[[Any], str] = lambda _: "", *, secret: bool = False) -> Any:
-    """Return a configuration key with its default and what checks it; a secret is not shown."""
-    return field(default=default, repr=not secret, metadata={"check": check})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """One section of the configuration; the environment has FELHOM_AGENT_SECTION_KEY for each key."""
-
-    section: ClassVar[str]
-
-    @classmethod
-    def load(cls, document: Mapping[str, object], environ: Mapping[str, str], file: str, problems: dict[str, str]) -> Self:
-        """Return the section from the file's document and the environment; `problems` gets what is wrong, by section and key."""
-        given = document.get(cls.section)
-        given = given if isinstance(given, dict) else {}
-        values: dict[str, Any] = {}
-        for item in dataclasses.fields(cls):
-            value = given.pop(item.name, item.default)
-            kind: type[str] | type[int] = type(item.default)  # type: ignore[assignment]
-            variable = f"FELHOM_AGENT_{cls.section}_{item.name}".upper()
-            overlay = environ.get(variable)
-            if overlay and (kind is str or re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", overlay)):
-                value = kind(overlay)
-            elif overlay:
-                LOG.warning("config: %s is not an integer and is ignored", variable)
-            if type(value) is not kind:  # a boolean is no integer
-                problems[f"{cls.section}.{item.name}"] = f"must be {'a string' if kind is str else 'an integer'}"
-                value = item.default
-            values[item.name] = value
-        for key in given:
-            LOG.warning("config: unknown key %s.%s is ignored", cls.section, clean(key))
-        if values.get("ca_file"):
-            values["ca_file"] = os.path.join(os.path.dirname(os.path.abspath(file)), values["ca_file"])
-        loaded = cls(**values).with_defaults()
-        for item in dataclasses.fields(cls):
-            if problem := item.metadata["check"](getattr(loaded, item.name)):
-                problems.setdefault(f"{cls.section}.{item.name}", problem if getattr(loaded, item.name) != "" else "is required")
-        return loaded
-
-    def with_defaults(self) -> Self:
-        """Return it with those defaults that no constant is."""
-        return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProxmoxConfig(Section):
-    """How to reach the node's API, and who asks; `timeout_seconds` bounds one request from connect to last byte."""
-
-    section: ClassVar[str] = "proxmox"
-    url: str = setting("https://127.0.0.1:8006", check_url)
-    node: str = setting("", check_match(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?", "a node name"))
-    token_id: str = setting("", check_match(r"[!-.0-9;-~]+@[A-Za-z0-9._-]+![A-Za-z0-9._-]+", "user@realm!tokenname"))
-    token_secret: str = setting("", check_match(r"[!-~]+", "printable ASCII without spaces (not shown)"), secret=True)
-    ca_file: str = setting("")
-    fingerprint: str = setting("", check_match(r"(([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2})?", "64 hexadecimal digits, colons or not"))
-    timeout_seconds: int = setting(10, check_timeout)
-
-    def with_defaults(self) -> Self:
-        """Return it with the short host name as node where none is named."""
-        return dataclasses.replace(self, node=self.node or socket.gethostname().partition(".")[0])
+        valid = False
+    # Not shown: people put secrets into user, password and query.
+    if not valid or not re.fullmatch(r"[^@?#%\s\x00-\x1f\x7f]+", url):
+        return f"must be {form}, without user, query and fragment" if url else "is required"
+    if parts.path.strip("/") and "path" not in form:
+        return f"must be {form}, got {url}"
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
+        return f"must be https, got {url}"
+    return ""
 
 
 def clamp_poll(seconds: int) -> int:
-    """Return `seconds` inside the bounds of a poll interval."""
+    """Return `seconds` limited to the allowed poll interval."""
     return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HubConfig(Section):
-    """Where reports go, as whom and how often; `timeout_seconds` bounds the whole POST."""
+class ProxmoxConfig:
+    """The node's API and the token to use; `timeout_seconds` limits each request."""
 
-    section: ClassVar[str] = "hub"
-    url: str = setting("", functools.partial(check_url, prefix=True))
-    host_id: str = setting("", check_match(r"(?!.*[\x00-\x1f\ud800-\udfff])\S(.{0,253}\S)?", "1 to 255 characters"))
-    api_key: str = setting("", check_match(r"[!-~]+", "printable ASCII without spaces (not shown)"), secret=True)
-    poll_seconds: int = setting(900)
-    timeout_seconds: int = setting(30, check_timeout)
-    ca_file: str = setting("")
-
-    def with_defaults(self) -> Self:
-        """Return it with the interval inside its bounds."""
-        used = clamp_poll(self.poll_seconds)
-        if used != self.poll_seconds:
-            LOG.warning("config: hub.poll_seconds: %d is not from 60 to 3600, using %d", self.poll_seconds, used)
-        return dataclasses.replace(self, poll_seconds=used)
+    url: str = "https://127.0.0.1:8006"
+    node: str = field(default_factory=lambda: socket.gethostname().partition(".")[0])
+    token_id: str = ""
+    token_secret: str = field(default="", repr=False)
+    ca_file: str = ""
+    fingerprint: str = ""
+    timeout_seconds: int = 10
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CloudflaredConfig(Section):
-    """Which systemd unit carries the tunnel."""
+class HubConfig:
+    """Where to send reports, how often, and with which key."""
 
-    section: ClassVar[str] = "cloudflared"
-    # A leading dash would be an option of systemctl.
-    unit: str = setting("cloudflared.service", check_match(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]{0,254}", "the name of a systemd unit"))
+    url: str = ""
+    host_id: str = ""
+    api_key: str = field(default="", repr=False)
+    poll_seconds: int = 900
+    timeout_seconds: int = 30
+    ca_file: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloudflaredConfig:
+    """The systemd unit that runs the tunnel."""
+
+    unit: str = "cloudflared.service"
+
+
+SECRET: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
+ABSOLUTE: Final = (r"(/.*)?", "an absolute path")
+TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "from 1 to 300")
+# What each value must match, and how to say so.  No value is shown: it may be a misplaced secret.
+FORMS: Final = {
+    "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
+    "proxmox.token_id": (r"[!-.0-9;-~]+@[\w.-]+![\w.-]+", "user@realm!tokenname"),
+    "proxmox.token_secret": SECRET,
+    "proxmox.ca_file": ABSOLUTE,
+    "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
+    "proxmox.timeout_seconds": TIMEOUT,
+    "proxmox.extras": (r"((qemu|storage|backups)(,|$))*", "a list of qemu, storage, backups"),
+    "hub.host_id": (
+        r"(?!\s)[^\x00-\x1f\x7f\ud800-\udfff]{1,255}(?<!\s)",
+        "1 to 255 characters, without spaces at the ends",
+    ),
+    "hub.api_key": SECRET,
+    "hub.ca_file": ABSOLUTE,
+    "hub.timeout_seconds": TIMEOUT,
+    # Not a dash first: systemctl would take it for an option.
+    "cloudflared.unit": (r"[\w:.@\\][\w:.@\\-]{0,254}", "the name of a systemd unit"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration; `problems` is what is wrong, by section and key; a value of a wrong type has its default here."""
+    """The whole configuration; `problems` names the values that had a wrong type, by key."""
 
     proxmox: ProxmoxConfig
     hub: HubConfig
     cloudflared: CloudflaredConfig
-    problems: Mapping[str, str]
+    problems: Mapping[str, str] = field(default_factory=dict)
 
     def validate(self, *, hub: bool = True) -> None:
-        """Raise ConfigError with every problem at once; without `hub` that section is not looked at."""
-        found = [f"{key}: {problem}" for key, problem in self.problems.items() if hub or key.partition(".")[0] != "hub"]
-        if found:
-            raise ConfigError(*found)
+        """Raise ConfigError with every problem; without `hub` that section is ignored."""
+        problems = {
+            "proxmox.url": check_url(self.proxmox.url, "https://host[:port]"),
+            "hub.url": check_url(self.hub.url, "https://host[:port][/path]"),
+        }
+        for key, (pattern, expected) in FORMS.items():
+            section, _, name = key.partition(".")
+            value = getattr(getattr(self, section), name)
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            if not re.fullmatch(pattern, text, re.ASCII):
+                problems[key] = f"must be {expected}" if text else "is required"
+        problems.update(self.problems)
+        lines = [f"config: {key}: {problem}" for key, problem in problems.items() if problem]
+        lines = [line for line in lines if hub or not line.startswith("config: hub")]
+        if lines:
+            raise ConfigError("\n".join(lines))
 
     def redacted(self) -> dict[str, dict[str, object]]:
-        """Return it as a JSON object, as "***" each secret, and what is refused: it may be a secret in the wrong place."""
-        shown: dict[str, dict[str, object]] = {}
-        for part in (self.proxmox, self.hub, self.cloudflared):
-            for item in dataclasses.fields(part):
-                value = getattr(part, item.name)
-                hide = value and (not item.repr or f"{part.section}.{item.name}" in self.problems)
-                shown.setdefault(part.section, {})[item.name] = "***" if hide else value
-        return shown
+        """Return the configuration as a JSON object with the secrets masked."""
+        proxmox, hub = dataclasses.asdict(self.proxmox), dataclasses.asdict(self.hub)
+        proxmox["token_secret"] = "***" if self.proxmox.token_secret else ""
+        hub["api_key"] = "***" if self.hub.api_key else ""
+        return {"proxmox": proxmox, "hub": hub, "cloudflared": dataclasses.asdict(self.cloudflared)}
 
 
-def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object; ValueError for a key that stands twice, of which one would silently win."""
-    document: dict[str, object] = {}
-    for key, value in pairs:
-        if key in document:
-            raise ValueError(f"duplicate key {clean(key)}")
-        document[key] = value
-    return document
+def find_credential(environ: Mapping[str, str], name: str) -> str:
+    """Return the path of the systemd credential with this name, or an empty string."""
+    path = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
+    return path if name and os.path.exists(path) else ""
 
 
 def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
-    """Read the configuration file, lay the environment over it, fill in defaults; ConfigError where the file cannot be used.
+    """Read the JSON file and let FELHOM_AGENT_<SECTION>_<KEY> variables override it.
 
-    `path` None: $FELHOM_AGENT_CONFIG, else $CREDENTIALS_DIRECTORY/agent.json where it exists, else the default path.
+    The file is `path`, else $FELHOM_AGENT_CONFIG, else the systemd credential agent.json, else
+    DEFAULT_PATH, which may be missing.  Raises ConfigError if it is not a JSON object.
     """
-    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", "agent.json")
-    named = path or environ.get("FELHOM_AGENT_CONFIG") or (credential if os.path.lexists(credential) else "")
-    file = named or DEFAULT_PATH
+    credential = find_credential(environ, "agent.json")
+    named = path or environ.get("FELHOM_AGENT_CONFIG") or credential
+    path = named or DEFAULT_PATH
+    shown = f"config: {sanitize(path)}"
     document: object = {}
     try:
-        content, mode = read_file(file)
-        if mode & 0o044 and file != credential:  # systemd itself gives a credential to the service's user alone
-            LOG.warning("config: %s can be read by others than its owner: chmod 600 %s", clean(file), clean(file))
-        document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except FileNotFoundError as exc:
-        if named:  # else the environment may supply everything
-            raise ConfigError(f"{clean(file)}: no such file") from exc
-        LOG.info("config: %s does not exist, the environment alone counts", file)
+        with open(path, encoding="utf-8-sig") as file:
+            if os.fstat(file.fileno()).st_mode & 0o044 and path != credential:
+                LOG.warning("%s is readable by others; run: chmod 600 %s", shown, sanitize(path))
+            document = json.load(file)
+    except FileNotFoundError:
+        if named:
+            hint = "felhom-agent.pyz --print=config prints an example"
+            raise ConfigError(f"{shown}: no such file; {hint}") from None
+        LOG.info("%s does not exist, only the environment is read", shown)
     except (OSError, ValueError, RecursionError) as exc:
-        raise ConfigError(f"{clean(file)}: {explain_file(exc)}") from None
+        # Of JSON, line and column but no content.
+        raise ConfigError(f"{shown}: {getattr(exc, 'strerror', None) or exc}") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"{clean(file)}: must be a JSON object")
+        raise ConfigError(f"{shown}: must be a JSON object")
+    problems: dict[str, str] = {}
+    # authz is reserved for signed operations: accepted, not read.
     known = ("proxmox", "hub", "cloudflared", "authz")
     for key in document.keys() - known:
-        LOG.warning("config: unknown key %s is ignored", clean(key))
-    problems = {key: "must be an object" for key in known if not isinstance(document.get(key, {}), dict)}
-    return Config(
-        proxmox=ProxmoxConfig.load(document, environ, file, problems),
-        hub=HubConfig.load(document, environ, file, problems),
-        cloudflared=CloudflaredConfig.load(document, environ, file, problems),
-        problems=problems,
-    )
+        LOG.warning("config: unknown key %s is ignored", sanitize(key))
+    for key in known:
+        if not isinstance(document.setdefault(key, {}), dict):
+            problems[key] = "must be an object"
+            document[key] = {}
+    proxmox = load_section(ProxmoxConfig(), "proxmox", document, environ, problems)
+    hub = load_section(HubConfig(), "hub", document, environ, problems)
+    cloudflared = load_section(CloudflaredConfig(), "cloudflared", document, environ, problems)
+    seconds = clamp_poll(hub.poll_seconds)
+    if seconds != hub.poll_seconds:
+        LOG.warning("config: hub.poll_seconds: must be from 60 to 3600, using %d", seconds)
+        hub = dataclasses.replace(hub, poll_seconds=seconds)
+    return Config(proxmox=proxmox, hub=hub, cloudflared=cloudflared, problems=problems)
 
 
-# ---- wire contract ----------------------------------------------------------------------------------------------------------
+def load_section(
+    defaults: T,
+    section: str,
+    document: Mapping[str, dict[str, object]],
+    environ: Mapping[str, str],
+    problems: dict[str, str],
+) -> T:
+    """Return `defaults` with the values of file and environment; an empty value counts as unset."""
+    values: dict[str, Any] = dataclasses.asdict(defaults)  # type: ignore[call-overload]
+    given = document[section]
+    for key in given.keys() - values.keys():
+        LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(key))
+    for key, default in values.items():
+        value = given.get(key, "")
+        variable = f"FELHOM_AGENT_{section}_{key}".upper()
+        text = environ.get(variable, "")
+        if text and isinstance(default, tuple):
+            value = re.split(r"\s*,\s*", text.strip())
+        elif text and isinstance(default, str):
+            value = text
+        elif re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text):
+            value = int(text)
+        elif text:
+            LOG.warning("config: %s is not an integer and is ignored", variable)
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
+            value = tuple(value)
+        # Not isinstance: True is an int.
+        if type(value) is not type(default) and value != "":
+            expected = {str: "a string", int: "an integer"}.get(type(default), "a list of strings")
+            problems[f"{section}.{key}"] = f"must be {expected}"
+        elif value != "":
+            values[key] = value
+    if "ca_file" in values:
+        # The sandboxed service cannot see /etc/pve; systemd hands it the file as a credential.
+        credential = find_credential(environ, os.path.basename(values["ca_file"]))
+        values["ca_file"] = credential or values["ca_file"]
+    return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
 
 
-def parse_json(text: str) -> object:
-    """Return what `text` says; ValueError for all that is no JSON, NaN and nesting without end included, and for a flood."""
-    if text.count("{") + text.count("[") > MAX_CONTAINERS:
-        raise ValueError("too many objects and arrays")
-    try:
-        return json.loads(text, parse_constant=int)  # of NaN and the infinities alone: no integers, so int raises
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def parse_number(value: object, most: int = MAX_FIGURE) -> float | None:
-    """Return a number from 0 to `most`, also from a string as Proxmox sends many; None for all else, a boolean too."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
-        value = float(value) if "." in value else int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
-        return value  # NaN fails both comparisons
-    return None
-
-
-def parse_integer(value: object, least: int = 0, most: int = MAX_FIGURE) -> int | None:
-    """Return a whole number inside the bounds, None for all else."""
-    number = parse_number(value, most)
-    return int(number) if number is not None and number == int(number) and number >= least else None
-
-
-def parse_whole(value: object) -> int | None:
-    """Return a JSON whole number, held inside ±MAX_FIGURE; None for all else, a boolean and an inexact float (1e99) included."""
-    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_FIGURE:
-        value = int(value)
-    return max(-MAX_FIGURE, min(MAX_FIGURE, value)) if type(value) is int else None  # a boolean is no integer
-
-
-def parse_flag(value: object) -> bool | None:
-    """Return a boolean, None for all else."""
-    return value if isinstance(value, bool) else None
-
-
-def parse_text(value: object) -> str | None:
-    """Return a string of at most 256 characters that every JSON reader takes (lone surrogates replaced), None for all else."""
-    return value[:256].encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
-
-
-def parse_cores(value: object) -> int | None:
-    """Return a number of cores; None for what Proxmox does not allow."""
-    return parse_integer(value, 1, 8192)
-
-
-def parse_version(value: object) -> str | None:
-    """Return the version in `pve-manager/9.2.11/14a22df3`."""
-    match = re.match(r"pve-manager/([^/\s]+)", parse_text(value) or "")
-    return match[1] if match else None
-
-
-def parse_load(value: object) -> list[float] | None:
-    """Return the three load averages, which Proxmox sends as strings; None unless all can be read."""
-    numbers: list[Any] = [parse_number(each) for each in value] if isinstance(value, list) else []
-    return numbers if len(numbers) == 3 and None not in numbers else None
-
-
-def parse_object(value: object) -> Mapping[str, object]:
-    """Return a JSON object, an empty one for all else: its figures are then not known."""
-    return value if isinstance(value, dict) else {}
-
-
-def parse_volume_size(volume: object) -> int | None:
-    """Return the size in bytes of a volume such as `local:100/vm-100-disk-0.raw,size=8G`, 0 where it names none (a bind mount).
-
-    None where it cannot be read.  Source: PVE::JSONSchema, format `disk-size`.
-    """
-    first, *options = volume.split(",") if isinstance(volume, str) else ("",)
-    if not re.match(r"(volume=)?(/|[^:/]+:)", first):
-        return None
-    option = next((option for option in options if option.startswith("size=")), None)
-    if option is None:
-        return 0
-    match = re.fullmatch(r"size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)", option)
-    return parse_integer(int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")), 1) if match else None
-
-
-def figure(parse: Callable[[Any], Any], *path: str) -> Any:
-    """Return a field that `parse` reads from an answer, where `path` leads."""
-
-    def read(answer: object) -> Any:
-        for key in path:
-            answer = parse_object(answer).get(key)
-        return parse(answer)
-
-    return field(default=None, metadata={"read": read})
-
-
-def parse_figures(kind: type[HostMetrics | ControlEnvelope], answer: Mapping[str, object]) -> dict[str, Any]:
-    """Return the figures of `kind` as an answer says them."""
-    return {item.name: item.metadata["read"](answer) for item in dataclasses.fields(kind) if item.metadata}
+# ---- wire contract -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMetrics:
-    """The node's figures (`pvesh get /nodes/NODE/status`); None is what Proxmox did not say."""
+    """The node's metrics; None if Proxmox sent no usable value."""
 
     node: str
-    pve_version: str | None = figure(parse_version, "pveversion")
-    kernel_version: str | None = figure(parse_text, "current-kernel", "release")
-    uptime_seconds: int | None = figure(parse_integer, "uptime")
-    cpu_model: str | None = figure(parse_text, "cpuinfo", "model")
-    cpu_count: int | None = figure(parse_cores, "cpuinfo", "cpus")
-    cpu_usage: float | None  # not from the status: there it is since the answering worker's last look, and 0 on its first
-    load_average: Sequence[float] | None = figure(parse_load, "loadavg")
-    memory_total_bytes: int | None = figure(parse_integer, "memory", "total")
-    memory_used_bytes: int | None = figure(parse_integer, "memory", "used")
-    swap_total_bytes: int | None = figure(parse_integer, "swap", "total")
-    swap_used_bytes: int | None = figure(parse_integer, "swap", "used")
-    rootfs_total_bytes: int | None = figure(parse_integer, "rootfs", "total")
-    rootfs_used_bytes: int | None = figure(parse_integer, "rootfs", "used")
+    pve_version: str | None
+    kernel_version: str | None
+    uptime_seconds: int | None
+    cpu_model: str | None
+    cpu_count: int | None
+    cpu_usage: float | None
+    load_average: Sequence[float] | None
+    memory_total_bytes: int | None
+    memory_used_bytes: int | None
+    swap_total_bytes: int | None
+    swap_used_bytes: int | None
+    rootfs_total_bytes: int | None
+    rootfs_used_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestSpec:
-    """What a guest is given, running or not."""
+    """A guest's configured resources, the same whether it runs or not."""
 
     cores: int | None
     memory_bytes: int | None
@@ -502,7 +392,7 @@ class GuestSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
-    """One LXC container; where its configuration cannot be read its status is `unknown` and it has no `spec`."""
+    """A container ("lxc") or VM ("qemu"); without `spec` if its configuration cannot be read."""
 
     vmid: int
     type: str = "lxc"
@@ -514,14 +404,14 @@ class Guest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cloudflared:
-    """The tunnel's unit, in systemd's word for its state."""
+    """The unit's state as `systemctl is-active` prints it, or "unknown"."""
 
     status: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageTarget:
-    """A storage for backups (`pvesh get /nodes/NODE/storage`); this and the next four are defined, not filled yet."""
+    """A storage of the node (`storage` in proxmox.extras); sizes are None unless "available"."""
 
     storage: str
     type: str
@@ -532,7 +422,7 @@ class StorageTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backup:
-    """A backup in a storage (`pvesh get /nodes/NODE/storage/STORAGE/content`)."""
+    """The newest backup of a guest on a storage (`backups` in proxmox.extras)."""
 
     vmid: int
     storage: str
@@ -544,7 +434,7 @@ class Backup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTest:
-    """A backup that was restored to see whether it can be."""
+    """A backup that was restored on trial; this and the next two are not filled yet."""
 
     vmid: int
     volid: str
@@ -576,7 +466,7 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostReport:
-    """What leaves the host; `reported_at` is UTC in RFC 3339, whole seconds, when the collect ended."""
+    """What is sent to the hub; `reported_at` is UTC in RFC 3339, when the collect ended."""
 
     host_id: str
     agent_version: str
@@ -591,971 +481,882 @@ class HostReport:
     audit_tail: tuple[AuditEntry, ...] = ()
 
     def to_json(self) -> str:
-        """Return the report as compact JSON in ASCII; a `spec` that is not known is left out."""
+        """Return the report as compact JSON; a guest without a spec has no `spec` key."""
 
         def fields(part: Any) -> dict[str, object]:
-            return {name: getattr(part, name) for name in part.__slots__ if name != "spec" or part.spec is not None}
+            names = (name for name in part.__slots__ if name != "spec" or part.spec is not None)
+            return {name: getattr(part, name) for name in names}
 
         return json.dumps(self, default=fields, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlEnvelope:
-    """The hub's answer.  Only `poll_interval_seconds` is acted on; None is what the hub did not say."""
+    """The hub's reply; None for what it did not say.  Only `poll_interval_seconds` is acted on."""
 
-    poll_interval_seconds: int | None = figure(parse_whole, "poll_interval_seconds")
-    blocked: bool | None = figure(parse_flag, "blocked")
-    desired_generation: int | None = figure(parse_whole, "desired_generation")
-    has_signed_ops: bool | None = figure(parse_flag, "has_signed_ops")
-
-
-def build_host(node: str, status: Mapping[str, object], nodes: Iterable[Mapping[str, object]]) -> HostMetrics:
-    """Return the node's figures from `/nodes/NODE/status`, and its CPU usage from its own entry in `/nodes`."""
-    usage = next((entry.get("cpu") for entry in nodes if entry.get("node") == node), None)
-    return HostMetrics(node=node, cpu_usage=parse_number(usage, 1), **parse_figures(HostMetrics, status))
+    poll_interval_seconds: int | None
+    blocked: bool | None
+    desired_generation: int | None
+    has_signed_ops: bool | None
 
 
-def build_guest(vmid: int, listed: Mapping[str, object], config: Mapping[str, object] | None, cpu_count: int | None) -> Guest:
-    """Return a container from its entry in the list and its configuration, None where that cannot be read."""
-    name, status = parse_text(listed.get("name")) or "", (parse_text(listed.get("status")) or "unknown")[:64]
-    if config is None or status == "unknown":
-        return Guest(vmid=vmid, name=name, status="unknown")
-    memory = parse_integer(config.get("memory", 512), 1, MAX_FIGURE >> 20)  # MiB; 512 is Proxmox's own default
-    disk = parse_volume_size(config["rootfs"]) if "rootfs" in config else 0
-    spec = GuestSpec(
-        cores=parse_cores(config.get("cores", cpu_count)),  # unset: all that the node has
-        memory_bytes=None if memory is None else memory << 20,
-        disk_bytes=parse_integer(listed.get("maxdisk")) if disk == 0 else disk,
+def lookup(data: object, *keys: str) -> object:
+    """Return data[key1][key2]…, or None if a key is missing."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def get_text(data: object, *keys: str) -> str | None:
+    """Return the string at `keys`, at most 256 characters that UTF-8 can hold, or None."""
+    value = lookup(data, *keys)
+    return value[:256].encode(errors="replace").decode() if isinstance(value, str) else None
+
+
+def parse_number(value: object) -> float | None:
+    """Return a number from 0 to 2^53, or None.  Proxmox sends some numbers as strings."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53:
+        return value
+    return None
+
+
+def parse_int(value: object) -> int | None:
+    """Return an integer from 0 to 2^53, or None."""
+    number = parse_number(value)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def get_int(data: object, *keys: str) -> int | None:
+    """Return the integer at `keys`, or None."""
+    return parse_int(lookup(data, *keys))
+
+
+def format_time(seconds: float | None = None) -> str:
+    """Return a Unix time, by default now, in RFC 3339."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def build_host(node: str, status: object, entry: object) -> HostMetrics:
+    """Build the node's metrics from /nodes/NODE/status and its entry in /cluster/resources.
+
+    The entry has the CPU usage: in the status it covers only the time since the same API worker
+    was last asked, and is 0 the first time.  Exactly 0 means "not measured yet".
+    """
+    version = re.match(r"pve-manager/([^/\s]+)", get_text(status, "pveversion") or "")
+    # Proxmox VE 8.0 has only `kversion`: "Linux 6.2.16-3-pve #1 SMP …".
+    kernel = re.match(r"Linux (\S+)", get_text(status, "kversion") or "")
+    usage = parse_number(lookup(entry, "cpu"))
+    loads = lookup(status, "loadavg")
+    averages = [parse_number(load) for load in loads] if isinstance(loads, list) else []
+    known = [average for average in averages if average is not None]
+    return HostMetrics(
+        node=node,
+        pve_version=version[1] if version else None,
+        kernel_version=get_text(status, "current-kernel", "release") or (kernel and kernel[1]),
+        uptime_seconds=get_int(status, "uptime"),
+        cpu_model=get_text(status, "cpuinfo", "model"),
+        cpu_count=get_int(status, "cpuinfo", "cpus") or None,
+        cpu_usage=usage if usage and usage <= 1 else None,
+        load_average=known if len(known) == len(averages) == 3 else None,
+        memory_total_bytes=get_int(status, "memory", "total"),
+        memory_used_bytes=get_int(status, "memory", "used"),
+        swap_total_bytes=get_int(status, "swap", "total"),
+        swap_used_bytes=get_int(status, "swap", "used"),
+        rootfs_total_bytes=get_int(status, "rootfs", "total"),
+        rootfs_used_bytes=get_int(status, "rootfs", "used"),
     )
-    return Guest(vmid=vmid, name=name, status=status, spec=spec)
 
 
-# ---- HTTPS transport --------------------------------------------------------------------------------------------------------
+def build_guest(entry: object, config: object, cpu_count: int | None, *, old: bool) -> Guest:
+    """Build a guest from its entry in /cluster/resources and its configuration.
 
-NOT_THIS: Final = "check {section}.url: this is not {server}"
-# How to mend what may go wrong with either server, by the words with which it is told; README.md has them all for the operator.
-MENDS: Final[Mapping[str, str]] = {
-    "connection refused": "check host and port in {section}.url, and whether {daemon} runs there",
-    "no complete answer in time": "see whether that host or the network is overloaded; {section}.timeout_seconds is the limit",
-    "the name cannot be resolved": "check the host name in {section}.url, and this host's resolver",
-    "the connection was closed": "check {section}.url, http or https and the port; else see the log of {daemon}",
-    "TLS failed": "check the port in {section}.url, and the log of {daemon}",
-    "no TLS there": "check the port in {section}.url: it must be the one for https",
-    "the certificate is not signed": "name the CA that signed it in {section}.ca_file",
-    "the certificate is valid": "renew it, or set the clock of this host",
-    "the certificate is for": "use one of these names in {section}.url",
-    "no answer": NOT_THIS,
-    "the answer is too large": NOT_THIS,
-    "3": "set {section}.url to the address itself, nothing is followed",
-}
-# What shows that the server has closed a kept connection meanwhile; the question is then asked once more on a new one.
-GONE: Final = (ConnectionResetError, BrokenPipeError)
-# The words for what Python raises; the first type that fits counts.
-FAILURES: Final[Sequence[tuple[tuple[type[Exception], ...], str]]] = (
-    ((TimeoutError,), "no complete answer in time"),
-    ((socket.gaierror,), "the name cannot be resolved"),
-    ((ConnectionRefusedError,), "connection refused"),
-    ((ConnectionError, ssl.SSLZeroReturnError, http.client.IncompleteRead), "the connection was closed before the answer was complete"),
-    ((ssl.SSLError,), "TLS failed"),
-    ((http.client.HTTPException, ValueError), "no answer in HTTP"),
-)
+    Without a configuration (None) its status is unknown; so it is if the entry is too `old`.
+    """
+    guest_type = get_text(entry, "type") or ""
+    listed, configured = get_text(entry, "name"), {"lxc": "hostname", "qemu": "name"}[guest_type]
+    status = get_text(entry, "status") if config is not None and not old else None
+    return Guest(
+        vmid=get_int(entry, "vmid") or 0,
+        type=guest_type,
+        name=listed or get_text(config, configured) or "",
+        status=status or "unknown",
+        spec=build_spec(config, guest_type, cpu_count) if isinstance(config, dict) else None,
+    )
 
 
-T = TypeVar("T")
+def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | None) -> GuestSpec:
+    """Build the spec from a guest's configuration; an unset key has Proxmox's default."""
+    # In MiB: a number, a string or "current=2048".
+    memory = parse_int(str(config.get("memory", 512)).removeprefix("current="))
+    if guest_type == "lxc":
+        cores = parse_int(config.get("cores", cpu_count))
+        volumes = [str(config.get("rootfs"))]
+    else:
+        sockets, cores = (parse_int(config.get(key, 1)) for key in ("sockets", "cores"))
+        cores = (sockets or 0) * (cores or 0)
+        disk = re.compile("(ide|sata|scsi|virtio)[0-9]+")
+        volumes = [str(volume) for key, volume in config.items() if disk.fullmatch(key)]
+        volumes = [volume for volume in volumes if "media=cdrom" not in volume.split(",")]
+    sizes = [parse_volume_size(volume) for volume in volumes]
+    return GuestSpec(
+        cores=cores or None,
+        memory_bytes=parse_int(memory * 2**20) if memory else None,
+        disk_bytes=parse_int(sum(size or 0 for size in sizes)) if sizes and all(sizes) else None,
+    )
 
 
-class Failure(Exception):
-    """What went wrong with a request, in words that `mends` may know."""
+def parse_volume_size(volume: str) -> int | None:
+    """Return the size of a volume such as `local:100/vm-100-disk-0.raw,size=8G` in bytes.
+
+    None if it says none, as for a bind mount, or 0, as for some subvolumes.
+    """
+    match = re.search(r",size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)(?:,|$)", volume)
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else 0
+    return parse_int(int(size)) or None
 
 
-def words_for(exc: Exception) -> str:
-    """Return what to say of what Python raised while a server was asked."""
-    if isinstance(exc, Failure):
-        return str(exc)
-    if isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-        return "no TLS there"
-    words = next((words for types, words in FAILURES if isinstance(exc, types)), "")
-    return words or getattr(exc, "strerror", None) or type(exc).__name__
+def build_storage(entry: object, *, old: bool) -> StorageTarget:
+    """Build a storage from its entry in /cluster/resources, which may be too `old`."""
+    available = get_text(entry, "status") == "available" and not old
+    return StorageTarget(
+        storage=get_text(entry, "storage") or "",
+        type=get_text(entry, "plugintype") or "",
+        status="available" if available else "unknown",
+        total_bytes=get_int(entry, "maxdisk") if available else None,
+        used_bytes=get_int(entry, "disk") if available else None,
+    )
 
 
-def parse_retry_after(value: str, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks to wait, at most an hour; None where it says nothing."""
-    if re.fullmatch(r"[0-9]{1,100}", value):
-        return float(min(int(value), MAX_POLL_SECONDS))
+def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
+    """Build the envelope from the hub's reply; None for a value of another type."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(ControlEnvelope):
+        value = reply.get(item.name)
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            value = int(value)
+        # Not isinstance: True is an int.
+        expected = int if item.name in ("poll_interval_seconds", "desired_generation") else bool
+        values[item.name] = value if type(value) is expected else None
+    return ControlEnvelope(**values)
+
+
+# ---- HTTP client ---------------------------------------------------------------------------------
+
+
+class PinMismatch(OSError):
+    """The certificate is not the one in proxmox.fingerprint."""
+
+
+class Connection(http.client.HTTPSConnection):
+    """An HTTPS connection that compares a pinned certificate before anything is sent."""
+
+    def __init__(self, *args: Any, fingerprint: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._create_connection = create_connection
+        self._fingerprint = fingerprint
+
+    def connect(self) -> None:
+        super().connect()
+        digest = hashlib.sha256(self.sock.getpeercert(True) or b"").hexdigest()
+        if self._fingerprint not in ("", digest):
+            self.close()
+            raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
+
+
+def create_connection(*args: Any) -> socket.socket:
+    """Connect to the first address that answers, or raise the failure that says most.
+
+    socket.create_connection raises the last one, often "Network is unreachable" for IPv6 where the
+    first says "Connection refused".
+    """
+    vague = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
     try:
-        when = email.utils.parsedate_to_datetime(value).utctimetuple()  # one without a zone is UTC (RFC 9110, 5.6.7)
-        return max(0.0, min(calendar.timegm(when) - now, MAX_POLL_SECONDS))
-    except (ValueError, OverflowError, TypeError):
-        return None
+        return socket.create_connection(*args, all_errors=True)
+    except ExceptionGroup as group:
+        raise min(group.exceptions, key=lambda exc: getattr(exc, "errno", 0) in vague) from None
 
 
-def trust_all() -> ssl.SSLContext:
-    """Return a context that accepts every certificate, for those who look at it themselves."""
+class HTTPSHandler(urllib.request.HTTPSHandler):
+    """urllib.request's handler, with our connection."""
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(Connection, req, context=self._context)  # type: ignore
+
+
+def build_context(key: str, ca_file: str) -> ssl.SSLContext:
+    """Return a context that checks chain and host name.  Raises ConfigError.
+
+    Unlike ssl.create_default_context it reads no SSLKEYLOGFILE, and does not set
+    VERIFY_X509_STRICT on Python 3.13: most CAs that Proxmox made before March 2026 fail that.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        if ca_file:
+            context.load_verify_locations(ca_file)
+        else:
+            context.load_default_certs()
+    except OSError as exc:
+        problem = "no PEM certificate in it" if isinstance(exc, ssl.SSLError) else exc.strerror
+        raise ConfigError(f"config: {key}: {sanitize(ca_file)}: {problem}") from None
     return context
 
 
-def seconds_left(deadline: float) -> float:
-    """Return the seconds until `deadline` (monotonic); TimeoutError when it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+def expire(*_: object) -> None:
+    """Raise TimeoutError (the handler of SIGALRM)."""
+    raise TimeoutError("timed out")
 
 
-def dial(host: str | None, port: int, deadline: float) -> socket.socket:
-    """Connect until `deadline` to the first address of `host` that answers; OSError.
-
-    Name resolution is the one step that Python cannot bound: `main` bounds it through the resolver's own settings.
-    """
-    seconds_left(deadline)  # else each guest that is left at the end of a cycle would wait for a silent name server
-    addresses = [cast("tuple[str, int]", address[:2]) for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    failure = OSError()
-    for number, address in enumerate(addresses):
-        try:  # an address that does not answer leaves time for the next
-            sock = socket.create_connection(address, seconds_left(deadline) / (len(addresses) - number))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as exc:
-            failure = exc
-    raise failure
+def describe(exc: Exception) -> str:
+    """Return what went wrong, in the words of OpenSSL, the resolver or the kernel."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"certificate refused: {exc.verify_message}"
+    if isinstance(exc, ssl.SSLError):
+        return f"TLS failed: {(exc.reason or str(exc)).replace('_', ' ').lower()}"
+    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
 
 
-class Channel:
-    """A TCP connection, with TLS from `start_tls` on.
+class Client:
+    """What both clients share: one request within a time limit, and errors with a hint."""
 
-    TLS goes through memory, a piece at a time.  With the socket in its hands OpenSSL reads on by itself for as long as a server
-    floods it with messages of TLS's own, and neither a deadline nor a signal is heard.
-    """
+    # For messages: the section of the configuration, the server, and where it says what is wrong.
+    section = server = log = ""
+    certificate_hint = ca_hint = ""
+    # What to do about an error status.
+    hints: Mapping[int, str]
+    max_bytes = 0
+    # On the clock of time.monotonic.
+    deadline = math.inf
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.tls: ssl.SSLObject | None = None
-        self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()  # by TLS
-        self.fileno, self.close = sock.fileno, sock.close
-
-    def has_more(self) -> bool:
-        """Tell whether TLS holds what has come and nobody has read: select knows of the socket alone."""
-        return bool(self._received.pending or (self.tls and self.tls.pending()))
-
-    def is_quiet(self) -> bool:
-        """Tell whether the connection is open, and nothing has come on it that nobody has read."""
-        return not self.has_more() and not select.select([self], [], [], 0)[0]
-
-    def start_tls(self, context: ssl.SSLContext, host: str | None, deadline: float) -> ssl.SSLObject:
-        """Shake hands until `deadline`; OSError.  What TLS then has to say goes with the first that is sent."""
-        self.tls = tls = context.wrap_bio(self._received, self._to_send, server_hostname=host)
-
-        def shake_hands() -> bool:
-            tls.do_handshake()
-            return True
-
-        self._step(shake_hands, deadline, wait=True)
-        return tls
-
-    def send(self, data: bytes, deadline: float) -> None:
-        """Send all of `data` until `deadline`; OSError."""
-        if self.tls is not None:
-            view = memoryview(data)
-            while view:
-                view = view[self._step(functools.partial(self.tls.write, view), deadline, wait=True) :]
-            data = self._to_send.read()
-        self._sock.settimeout(seconds_left(deadline))  # which bounds sendall as a whole
-        self._sock.sendall(data)
-
-    def receive(self, size: int, deadline: float, *, wait: bool) -> bytes | None:
-        """Return what has come, b"" at the end; OSError.  Without `wait` None where nothing has come yet."""
-        if self.tls is None:
-            return self._receive(size, deadline, wait=wait)
-        return self._step(functools.partial(self.tls.read, size), deadline, wait=wait)
-
-    def _step(self, step: Callable[[], T], deadline: float, *, wait: bool) -> T | None:
-        """Return what a step of TLS gives, having passed on what it has to say; without `wait` it gets one piece and no more."""
-        piece: bytes | None = None
-        while True:
-            try:
-                return step()
-            except ssl.SSLError as exc:
-                if self._to_send.pending:  # a message of its own, or the alert that tells the server what is wrong
-                    with contextlib.suppress(OSError):
-                        self.send(b"", deadline)
-                if not isinstance(exc, ssl.SSLWantReadError):
-                    raise
-            if piece and not wait:
-                return None
-            piece = self._receive(PIECE_BYTES, deadline, wait=wait)
-            if piece is None:
-                return None
-            if not piece:
-                raise ConnectionResetError(errno.ECONNRESET, "closed without the end of TLS")
-            self._received.write(piece)
-
-    def _receive(self, size: int, deadline: float, *, wait: bool) -> bytes | None:
-        self._sock.settimeout(seconds_left(deadline) if wait else 0)
-        with contextlib.suppress(BlockingIOError):
-            return self._sock.recv(size)
-        return None
-
-
-class Incoming(io.RawIOBase):
-    """What comes on a channel until `deadline`, at most `allowance` bytes; nothing is waited for before the answer has `begun`.
-
-    A socket's own time-out bounds one call only: a server that sends a byte a second would hold it for ever.
-    """
-
-    def __init__(self, channel: Channel, deadline: float, allowance: int, *, begun: bool = False) -> None:
-        self._channel, self._deadline, self._allowance, self.begun = channel, deadline, allowance, begun
-
-    def readable(self) -> bool:  # io.BufferedReader asks
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Receive what has come; OSError, Failure."""
-        data = self._channel.receive(len(buffer), self._deadline, wait=self.begun)
-        if data is None:
-            seconds_left(self._deadline)  # only now: what has come in time is taken, even if it is read late
-            return None
-        self.begun = True
-        self._allowance -= len(data)
-        if self._allowance < 0:
-            raise Failure("the answer is too large")
-        buffer[: len(data)] = data
-        return len(data)
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """Return the file that http.client reads from."""
-        return io.BufferedReader(self)
-
-
-class Answer(http.client.HTTPResponse):
-    """An answer of http.client.  Its header is read here: the email package there costs more than all the rest of a call."""
-
-    fp: Any = None  # for http.client's own clean-up, where a signal comes before there is a file
-    text = ""  # the body of a success
-
-    def begin(self) -> None:
-        """Read status line and header; OSError, http.client.HTTPException."""
-        self.status = 100
-        while 100 <= self.status < 200:  # those announce the answer
-            version, self.status, self.reason = self._read_status()  # type: ignore[attr-defined]
-            self.fields = self._read_fields()
-        length = self.fields.get("content-length", "")
-        if not re.fullmatch(r"[0-9]{0,15}", length):
-            raise http.client.HTTPException("content-length")
-        coding = self.fields.get("transfer-encoding", "").lower()
-        if coding not in ("", "chunked"):
-            raise http.client.HTTPException("transfer-encoding")
-        self.chunked = self.status not in (204, 304) and coding == "chunked"
-        self.chunk_left = None
-        self.length = 0 if self.status in (204, 304) else int(length) if length and not self.chunked else None
-        keeps = self.fields.get("connection", "" if version == "HTTP/1.1" else "close").lower() != "close"
-        self.will_close = not keeps or (self.length is None and not self.chunked)
-
-    def _read_fields(self) -> dict[str, str]:
-        fields: dict[str, str] = {}
-        for _ in range(MAX_HEADERS):
-            line = self.fp.readline(MAX_HEADER_LINE_BYTES + 1)
-            if line in (b"\r\n", b"\n"):
-                return fields
-            if not line.endswith(b"\n"):
-                raise http.client.LineTooLong("header") if len(line) > MAX_HEADER_LINE_BYTES else http.client.IncompleteRead(b"")
-            name, _, value = line.decode("latin-1").partition(":")
-            name, value = name.strip().lower(), value.strip()
-            # The first counts, as in http.client: pveproxy says `close` and then `Keep-Alive`, and closes.
-            if fields.setdefault(name, value) != value and name == "content-length":
-                raise http.client.HTTPException("two lengths")
-        raise http.client.HTTPException("too many header lines")
-
-    def read_text(self, limit_bytes: int) -> None:
-        """Read the body of a success; no other is read, so its connection ends.  OSError, ValueError, HTTPException, Failure."""
-        if not 200 <= self.status < 300:
-            self.will_close = True
-            return
-        body = bytearray()
-        # In pieces: http.client makes a buffer of the length that is announced, and an object of each chunk.
-        while len(body) <= limit_bytes and (piece := self.read(65536)):
-            body += piece
-        if len(body) > limit_bytes or (self.length or 0) > limit_bytes:
-            raise Failure("the answer is too large")
-        if self.length:
-            raise http.client.IncompleteRead(b"")
-        self.text = body.decode()
-
-
-class Question(urllib.request.Request):
-    """A request, and of which type its answer has to be."""
-
-    kind: type[object] = object
-
-
-# A question under way: yields where and until when its answer is waited for, and returns what the answer says.
-Exchange = Generator[tuple[Channel, float], None, object]
-
-
-class Server(urllib.request.BaseHandler):
-    """One server: kept connections, hard deadlines, capped answers, and every failure as one of two errors.
-
-    It is a handler of urllib.request, which brings the proxy rules.  No other handler is installed that does anything with an
-    answer, so nothing follows a redirect, opens a file or asks for a password.
-    """
-
-    name = daemon = misfit = ""  # what it is called, what serves there, and what an answer of another shape is not
-    mends: Mapping[str, str] = MENDS
-    limit_bytes = 0
-    strict = True  # of the check of certificates, as ssl.VERIFY_X509_STRICT
-
-    def __init__(self, config: ProxmoxConfig | HubConfig, authorization: str, secret: str, *, path: str = "", pin: str = "") -> None:
-        self.url = config.url.rstrip("/") + path
-        self.ends = math.inf  # of the cycle; outside of one no connection is kept
-        self.facts = {"section": config.section, "server": self.name, "daemon": self.daemon}  # what stands for the names in `mends`
+    def __init__(self, config: ProxmoxConfig | HubConfig, authorization: str, secret: str) -> None:
+        self.url = urllib.parse.urlsplit(config.url)
+        self.address = self.url.netloc
+        self.timeout_seconds = config.timeout_seconds
+        self.context = build_context(f"{self.section}.ca_file", config.ca_file)
         self.secrets = secret_forms(secret)
-        self._parts = urllib.parse.urlsplit(self.url)
-        self._timeout = config.timeout_seconds
-        self._pin = pin  # SHA-256 of the only certificate that is accepted, whoever signed it and whatever name it bears
-        self.context = self._build_context(config.ca_file) if self._parts.scheme == "https" else None
-        self._header = (
-            f"Host: {self._parts.netloc}\r\nAuthorization: {authorization}\r\nUser-Agent: felhom-agent/{__version__}\r\n"
-            "Accept: application/json\r\nAccept-Encoding: identity\r\n"
-        )
-        self._proxy = ("", "")  # its address, and a header line for it
-        self._idle: list[Channel] = []
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(self)
+        self.headers = {
+            "Authorization": authorization,
+            "Accept": "application/json",
+            "User-Agent": f"felhom-agent/{__version__}",
+        }
 
-    def _build_context(self, ca_file: str) -> ssl.SSLContext:
-        """Return what checks the server's certificate, chain and host name; ConfigError."""
-        try:
-            # cadata: the file is read once.  The line end: for empty cadata Python would take the system's roots.
-            roots = read_file(ca_file)[0].decode("ascii", "ignore") + "\n" if ca_file and not self._pin else None
-            context = trust_all() if self._pin else ssl.create_default_context(cadata=roots)  # _connect compares the pin: stricter
-        except (OSError, ValueError) as exc:
-            raise ConfigError(f"{self.facts['section']}.ca_file: {clean(ca_file)}: {explain_file(exc)}") from exc
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if not self.strict:
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        return context
+    def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+        """Send a request and return the response, its body unread."""
+        raise NotImplementedError
 
-    def fetch(self, path: str, kind: type[T], body: bytes | None = None) -> T:
-        """Return what the answer to a GET says, or to a POST of `body` as JSON; TransportError, HTTPError."""
-        question = Question(self.url + path, body)
-        question.kind = kind
-        try:
-            exchange: Exchange = self.opener.open(question)
-        except ValueError:  # it quotes the address, which may hold a password
-            raise self._explain(Failure("the proxy's address cannot be used"), f"{question.get_method()} {path}", 0) from None
-        ((_, said),) = self.run([exchange], 1)
-        if isinstance(said, AgentError):
-            raise said
-        return cast(T, said)
-
-    def http_open(self, question: Question) -> Exchange:
-        """Return the exchange, with the proxy to which urllib.request has directed the question; ValueError."""
-        if question.host != self._parts.netloc:  # always for https: plain http goes to loopback addresses only
-            there = urllib.parse.urlsplit(f"//{question.host}")  # urllib.request looks neither at it nor for what is not escaped
-            unescaped = re.search(r"@.*@|//[^/@]*/.*@", urllib.request.getproxies().get("https", ""))  # and would make it the host
-            if unescaped or not there.hostname or there.port == 0:  # a port above 65535 raises here
-                raise ValueError("no address")
-            header = "".join(f"{name}: {value}\r\n" for name, value in question.header_items() if name == "Proxy-authorization")
-            self._proxy = question.host, header
-        return self.exchange(question.selector.removeprefix(self._parts.path), question.kind, cast("bytes | None", question.data))
-
-    https_open = http_open
-
-    def run(self, exchanges: Iterable[Exchange], in_flight: int) -> Iterator[tuple[int, object]]:
-        """Yield the number of each exchange with what its answer says, or the AgentError, in the order in which they come.
-
-        One thread asks on several connections and reads whichever begins to answer first, so a slow one holds no other up.  One that
-        stops in the middle does, until its time is over, but costs the others nothing: they are read then.
-        """
-        todo = enumerate(exchanges)
-        waiting: dict[Channel, tuple[float, int, Exchange]] = {}
-        try:
-            while True:
-                if len(waiting) < in_flight and (item := next(todo, None)):
-                    number, exchange = item
-                elif waiting:
-                    first = min(waiting, key=lambda channel: waiting[channel][0])  # where none answers in time, it has failed
-                    ready, _, _ = select.select(waiting, [], [], max(0.0, waiting[first][0] - time.monotonic()))
-                    _, number, exchange = waiting.pop(ready[0] if ready else first)
-                else:
-                    return
-                try:
-                    channel, deadline = next(exchange)
-                    waiting[channel] = deadline, number, exchange
-                except StopIteration as done:
-                    yield number, done.value
-                except AgentError as exc:
-                    yield number, exc
-        finally:
-            for _, _, exchange in waiting.values():
-                exchange.close()
-            if self.ends == math.inf:
-                self.close()
-
-    def exchange(self, path: str, kind: type[object], body: bytes | None = None) -> Exchange:
-        """Ask, on a kept connection where there is one, and return what the answer says, of type `kind`; TransportError, HTTPError."""
-        deadline = min(time.monotonic() + self._timeout, self.ends)
-        method, length = "GET", ""
-        if body is not None:
-            method, length = "POST", f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        label = f"{method} {path}"
-        data = f"{method} {self._parts.path}{path} HTTP/1.1\r\n{self._header}{length}\r\n".encode("latin-1") + (body or b"")
-        try:
-            kept = self._take_idle()
-            try:
-                answer = yield from self._ask(kept or self._connect(deadline), data, deadline)
-            except GONE:
-                if kept is None or body is not None:  # what is posted may have been received
-                    raise
-                answer = yield from self._ask(self._connect(deadline), data, deadline)
-        except (http.client.HTTPException, ValueError) as exc:
-            raise self._explain(exc, label, deadline) from None  # they quote the server
-        except (OSError, Failure) as exc:
-            raise self._explain(exc, label, deadline) from exc
-        if not 200 <= answer.status < 300:
-            reason = clean(answer.reason.strip().encode("latin-1", "replace").decode("utf-8", "replace"), self.secrets)
-            raise HTTPError(
-                f"{label}: {self._mended(f'{answer.status} {reason}'.rstrip())}",
-                status=answer.status,
-                headline=f"{self.name} answered {answer.status}",
-                retry_after=parse_retry_after(answer.fields.get("retry-after", ""), time.time()),
-            )
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            said = self.parse(answer.text)
-            if isinstance(said, kind):
-                return said
-        raise self.other_shape(label)
-
-    def _take_idle(self) -> Channel | None:
-        while self._idle:
-            channel = self._idle.pop()
-            if channel.is_quiet():
-                return channel
-            channel.close()  # the server has closed it, or sent what nobody asked for, which would pass for the next answer
-        return None
-
-    def _reach(self, deadline: float) -> Channel:
-        """Connect, through the proxy's tunnel if there is one; OSError, Failure."""
-        usual = 443 if self.context else 80
-        proxy, header = self._proxy
-        if not proxy:
-            return Channel(dial(self._parts.hostname, self._parts.port or usual, deadline))
-        there = urllib.parse.urlsplit(f"//{proxy}")
-        tunnel = self._parts.netloc if self._parts.port else f"{self._parts.netloc}:{usual}"
-        with contextlib.ExitStack() as undone:
-            try:
-                channel = Channel(dial(there.hostname, there.port or usual, deadline))
-                undone.callback(channel.close)
-                channel.send(f"CONNECT {tunnel} HTTP/1.1\r\nHost: {tunnel}\r\n{header}\r\n".encode("latin-1"), deadline)
-                with Answer(Incoming(channel, deadline, MAX_HEADER_BYTES, begun=True)) as answer:  # type: ignore[arg-type]
-                    answer.begin()
-            except (Failure, OSError, ValueError, http.client.HTTPException) as exc:
-                raise Failure(f"the proxy cannot be used: {words_for(exc)}") from None
-            if answer.status != 200:
-                raise Failure("the proxy does not let us through")
-            undone.pop_all()
-        return channel
-
-    def _connect(self, deadline: float, context: ssl.SSLContext | None = None) -> Channel:
-        """Connect and shake hands; OSError, Failure."""
-        channel = self._reach(deadline)
-        with contextlib.ExitStack() as undone:
-            undone.callback(channel.close)
-            if self.context is not None:
-                tls = channel.start_tls(context or self.context, self._parts.hostname, deadline)
-                if self._pin and context is None and hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest() != self._pin:
-                    raise Failure("the certificate is not the pinned one")
-            undone.pop_all()
-        return channel
-
-    def _ask(self, channel: Channel, data: bytes, deadline: float) -> Generator[tuple[Channel, float], None, Answer]:
-        """Send the question, yield until the answer has begun, and read it; the connection is kept after a success alone."""
-        try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who refuses a report may do so before he has read it all
-                channel.send(data, deadline)
-            incoming = Incoming(channel, deadline, self.limit_bytes + MAX_HEADER_BYTES)
-            with Answer(incoming) as answer:  # type: ignore[arg-type]  # makefile is all it asks of a socket
-                while not incoming.begun:
-                    if not channel.has_more():
-                        yield channel, deadline
-                    answer.fp.peek()
-                answer.begin()
-                answer.read_text(self.limit_bytes)
-        except BaseException:
-            channel.close()
-            raise
-        if answer.will_close:
-            channel.close()
-        else:
-            self._idle.append(channel)
-        return answer
+    def parse(self, response: http.client.HTTPResponse, content: bytes) -> Any:
+        """Return the decoded body.  Raises ValueError, LookupError or TypeError."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Close the kept connections."""
-        while self._idle:
-            self._idle.pop().close()
+        """Close what is kept open."""
 
-    def parse(self, body: str) -> object:
-        """Return what an answer says; ValueError, KeyError or TypeError where it is of another shape than this server's."""
-        return parse_json(body)
-
-    def read_certificate(self, deadline: float) -> tuple[Mapping[str, Any], str]:
-        """Return what the server's certificate says (as ssl.SSLObject.getpeercert) and its SHA-256; OSError, ValueError, Failure.
-
-        Nothing is sent on these connections.  The ssl module decodes only what it has verified, so the second one trusts the
-        very certificate that the first one met, even if it has expired.
-        """
-        context = trust_all()
-        with contextlib.closing(self._connect(deadline, context)) as channel:
-            encoded = cast(ssl.SSLObject, channel.tls).getpeercert(binary_form=True) or b""
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
-        context.load_verify_locations(cadata=encoded)
-        with contextlib.closing(self._connect(deadline, context)) as channel:
-            return cast(ssl.SSLObject, channel.tls).getpeercert() or {}, hashlib.sha256(encoded).digest().hex(":").upper()
-
-    def other_shape(self, label: str, text: str = "") -> TransportError:
-        """Return the error for an answer that this server would not have given."""
-        text = f"{label}: {text or self.misfit}; {NOT_THIS.format(**self.facts)}"
-        return TransportError(text, headline=f"{self.name} answered nonsense")
-
-    def _explain(self, exc: Exception, label: str, deadline: float) -> TransportError:
-        """Return the operator's error for what went wrong."""
-        words = self._explain_certificate(exc, deadline) if isinstance(exc, ssl.SSLCertVerificationError) else words_for(exc)
-        via = f" (through the proxy {clean(self._proxy[0])})" if self._proxy[0] else ""
-        return TransportError(f"{label}: {self._parts.netloc}{via}: {self._mended(words)}", headline=f"{self.name} unreachable")
-
-    def _explain_certificate(self, exc: ssl.SSLCertVerificationError, deadline: float) -> str:
-        """Return what is wrong with a certificate that was refused, with what it says itself."""
+    def request(self, method: str, path: str, body: bytes | None = None) -> Any:
+        """Send a request and return the decoded response.  Raises TransportError or HTTPError."""
+        operation = f"{method} {path}"
+        limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
+        seconds = min(self.timeout_seconds, self.deadline - time.monotonic())
+        if seconds <= 0:
+            raise TransportError(f"{operation}: no time left in this cycle; raise {limit}")
+        content = b""
         try:
-            said, _ = self.read_certificate(deadline)
-        except (OSError, ValueError, http.client.HTTPException, Failure):
-            said = {}
-        if exc.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-            names = ", ".join(str(name) for _, name in said.get("subjectAltName", ()))
-            return f"the certificate is for {clean(names) or 'another host'}"
-        if exc.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
-            return f"the certificate is valid from {said.get('notBefore', '?')} to {said.get('notAfter', '?')} only"
-        return f"the certificate is not signed by a CA that is trusted here ({exc.verify_message})"
+            # A socket's timeout applies to each read, so a slow server could take for ever.  The
+            # alarm bounds all of it, CONNECT included.  It comes again each second: an exception
+            # in a finalizer is lost, and one in a connect only leads to the next address.
+            signal.signal(signal.SIGALRM, expire)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+            try:
+                with self.send(method, path, body) as response:
+                    # Not read(n): it allocates whatever size a chunk claims to have.
+                    while 200 <= response.status < 300 and len(content) <= self.max_bytes:
+                        if not (piece := response.read1(65536)):
+                            break
+                        content += piece
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            self.close()
+            # urllib.request wraps what happens before the response.
+            wrapped = exc.reason if isinstance(exc, urllib.error.URLError) else None
+            cause = wrapped if isinstance(wrapped, Exception) else exc
+            problem, hint = self.clean(describe(cause)), self.failure_hint(cause)
+            # "from None": the cause may quote what the server sent.
+            raise TransportError(f"{operation}: {self.address}: {problem}; {hint}") from None
+        if not 200 <= response.status < 300:
+            self.close()
+            raise self._http_error(operation, path, response)
+        try:
+            if len(content) > self.max_bytes:
+                raise ValueError(f"it is longer than {self.max_bytes} bytes")
+            return self.parse(response, content)
+        except (ValueError, LookupError, TypeError, RecursionError) as exc:
+            self.close()
+            raise self.unexpected(f"{operation}: {response.status}", str(exc)) from None
 
-    def _mended(self, text: str) -> str:
-        """Return the words with their mend."""
-        mend = next((mend for words, mend in self.mends.items() if text.startswith(words)), "")
-        return f"{text}; {mend.format(**self.facts)}" if mend else text
+    def clean(self, text: str) -> str:
+        """Return text of the server as it may be shown."""
+        return sanitize(text, self.secrets)
+
+    def unexpected(self, operation: str, problem: str) -> TransportError:
+        """Return the error for a response that this server would not send."""
+        reply = f"but the reply is not {self.server}'s: {self.clean(problem)}"
+        return TransportError(f"{operation}, {reply}; check {self.section}.url")
+
+    def _http_error(
+        self, operation: str, path: str, response: http.client.HTTPResponse
+    ) -> HTTPError:
+        status = self.clean(f"{response.status} {response.reason}".rstrip())
+        hint = self.hints.get(response.status, f"check {self.log}")
+        if 300 <= response.status < 400:
+            target = response.headers.get("Location", "")
+            status += f" to {self.clean(target)}"
+            base, found, _ = urllib.parse.urljoin(self.url.geturl(), target).partition(path)
+            hint = "the server must answer under this path itself, without redirect or login page"
+            if found and base.rstrip("/") != self.url.geturl().rstrip("/"):
+                hint = f"redirects are not followed, set {self.section}.url to {self.clean(base)}"
+        seconds = response.headers.get("Retry-After", "")
+        retry_after = int(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None
+        message = f"{operation}: {status}; {hint}"
+        return HTTPError(message, status=response.status, retry_after=retry_after)
+
+    def failure_hint(self, exc: Exception) -> str:
+        """Return what to do about a request that got no response."""
+        url = f"{self.section}.url"
+        match exc:
+            case PinMismatch():
+                return "compare proxmox.fingerprint with pvenode cert info"
+            # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
+            case ssl.SSLCertVerificationError(verify_code=62 | 64):
+                return f"use a name from the certificate in {url}{self.certificate_hint}"
+            # X509_V_ERR_CERT_NOT_YET_VALID and _CERT_HAS_EXPIRED
+            case ssl.SSLCertVerificationError(verify_code=9 | 10):
+                return "renew the server's certificate, or set this host's clock"
+            case ssl.SSLCertVerificationError():
+                ca_file = f"set {self.section}.ca_file to the CA that signed it{self.ca_hint}"
+                return f"{ca_file}; if it is set, the server may not send intermediate certificates"
+            case ssl.SSLError():
+                tls = "the server must speak TLS 1.2 or 1.3 and demand no client certificate"
+                return f"check host and port in {url}; {tls}"
+            case TimeoutError():
+                limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
+                return f"check {self.log}, the network and the name servers, or raise {limit}"
+            case socket.gaierror():
+                return f"check the host name in {url}, and this host's name servers"
+        return f"check {url} (http or https, host, port), and {self.log}"
 
 
-# ---- Proxmox client ---------------------------------------------------------------------------------------------------------
-
-# What else may be wrong where no node has the name that is asked for: pveproxy then takes it for another node's, and cannot reach it.
-OTHER_NODE_MENDS: Final = dict.fromkeys(
-    ("500 hostname lookup", "595", "596", "599"),
-    "proxmox.node is {node}, but `pvesh get /nodes` lists {nodes} (upper and lower case differ)",
-)
+# ---- Proxmox client ------------------------------------------------------------------------------
 
 
-class ProxmoxClient(Server):
-    """Reads one node, with GET only."""
+class ProxmoxClient(Client):
+    """Reads one node, with GET requests only."""
 
-    name, daemon, misfit, limit_bytes = "Proxmox", "pveproxy", "no answer of the Proxmox API", MAX_PROXMOX_BYTES
-    # Python 3.13 refuses a CA without keyUsage or authority key identifier, as Proxmox made them until March 2026.  Only that is
-    # waived: https://docs.python.org/3/library/ssl.html#ssl.create_default_context
-    strict = False
-    mends: Mapping[str, str] = {
-        **MENDS,
-        "401": "check proxmox.token_id and proxmox.token_secret; `pveum user token list {user}` shows the tokens and when they expire",
-        "403": GRANT,
-        **dict.fromkeys(("595", "596", "599"), "see whether it runs: systemctl status pvedaemon"),
-        "500 RPCEnvironment init request failed": "see whether it runs: systemctl status pve-cluster",
-        "501": "this Proxmox VE does not have the call, versions 8 and 9 do; check proxmox.url",
-        "the certificate is not signed": "name its CA in proxmox.ca_file, /etc/pve/pve-root-ca.pem where it is Proxmox's own",
-        "the certificate is not the pinned one": "compare proxmox.fingerprint with `pvenode cert info`",
-    }
+    section = "proxmox"
+    server = "Proxmox"
+    log = "systemctl status pveproxy pve-cluster"
+    certificate_hint = " (pvenode cert info lists them)"
+    ca_hint = " (Proxmox's own is /etc/pve/pve-root-ca.pem)"
+    max_bytes = 8 << 20
 
     def __init__(self, config: ProxmoxConfig) -> None:
         authorization = f"PVEAPIToken={config.token_id}={config.token_secret}"
-        pin = config.fingerprint.replace(":", "").lower()
-        super().__init__(config, authorization, config.token_secret, path="/api2/json", pin=pin)
+        super().__init__(config, authorization, config.token_secret)
         self.node = config.node
         self.token_id = config.token_id
-        self.user = config.token_id.partition("!")[0]
+        self.extras = config.extras
         self.collect_seconds = COLLECT_TIMEOUTS * config.timeout_seconds
-        self.facts |= {"user": self.user, "node": self.node}
-        self._echoes = [form for form in self.secrets if len(form) > 7]  # shorter ones would match by chance
+        user = config.token_id.partition("!")[0]
+        # A token with privilege separation has only the privileges that its user has too.
+        self.grant = (
+            f"run: pveum acl modify / --users {user} --tokens '{config.token_id}' --roles "
+            "PVEAuditor; if pveum acl list shows it already, another role or a NoAccess further "
+            "down takes it back"
+        )
+        other_node = f"check that node {config.node} is up, and systemctl status pvedaemon on it"
+        self.hints = {
+            401: "check proxmox.token_id and proxmox.token_secret; pveum user token list "
+            f"{user} shows an expired token, pveum user list a disabled or expired user",
+            403: self.grant,
+            500: "a guest that was just removed or migrated is right in the next report; else "
+            f"check {self.log}, and journalctl -u pveproxy",
+            501: "check proxmox.url; the agent needs Proxmox VE 8 or later",
+            # pveproxy's own, for what it passes on.
+            **dict.fromkeys(range(595, 600), other_node),
+        }
+        fingerprint = config.fingerprint.replace(":", "").lower()
+        if fingerprint:
+            # It replaces the check of chain and host name.
+            self.context.check_hostname = False
+            self.context.verify_mode = ssl.CERT_NONE
+        self._connection: http.client.HTTPConnection = Connection(
+            self.url.netloc, context=self.context, fingerprint=fingerprint
+        )
+        # check_url allows http for a loopback address only.
+        if self.url.scheme == "http":
+            self._connection = http.client.HTTPConnection(self.url.netloc)
 
     @contextlib.contextmanager
-    def cycle(self) -> Iterator[None]:
-        """Bound all calls within to `collect_seconds` together, and close the connections at the end."""
-        self.ends = time.monotonic() + self.collect_seconds
+    def session(self) -> Iterator[None]:
+        """Limit all requests within to `collect_seconds`; close the connection at the end.
+
+        pveproxy closes an idle connection after 5 s, so none is kept from cycle to cycle.
+        """
+        self.deadline = time.monotonic() + self.collect_seconds
         try:
             yield
         finally:
-            self.ends = math.inf
+            self.deadline = math.inf
             self.close()
 
-    def version(self) -> Mapping[str, object]:
-        """Return `version` and more (`pvesh get /version`); needs no privilege."""
-        return parse_object(self.fetch("/version", object))
+    def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+        """Send a request over the kept connection: a TLS handshake costs six times the call.
 
-    def permissions(self) -> Mapping[str, object]:
-        """Return path → privilege → 1 of this token (`pvesh get /access/permissions`); needs no privilege."""
-        return self.fetch("/access/permissions", dict)
+        The server may close that at any time; then it is replaced, once.  Only GET is ever sent,
+        so nothing is done twice.
+        """
+        reused = self._connection.sock is not None
+        try:
+            self._connection.request(method, f"/api2/json{path}", body, self.headers)
+            return self._connection.getresponse()
+        except (ConnectionError, ssl.SSLError):
+            self.close()
+            if not reused:
+                raise
+        return self.send(method, path, body)
 
-    def nodes(self) -> list[Mapping[str, object]]:
-        """Return an entry for each node of the cluster (`pvesh get /nodes`); `cpu` in it needs Sys.Audit."""
-        entries = [parse_object(entry) for entry in self.fetch("/nodes", list)]
-        names = sorted(str(entry.get("node")) for entry in entries)
-        self.facts["nodes"] = clean(", ".join(names))
-        known = not names or self.node in ("localhost", *names)
-        self.mends = ProxmoxClient.mends if known else {**ProxmoxClient.mends, **OTHER_NODE_MENDS}
-        return entries
+    def parse(self, response: http.client.HTTPResponse, content: bytes) -> Any:
+        text = content.decode()
+        # What Proxmox says of a guest goes on to the hub.
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return json.loads(text)["data"]
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def get(self, path: str, expected: type[T]) -> T:
+        """Return `data` of a response, a list or dict as expected.  Raises AgentError."""
+        data = self.request("GET", path)
+        if not isinstance(data, expected):
+            raise self.unexpected(f"GET {path}: 200", f"data is {type(data).__name__}")
+        return data
+
+    def version(self) -> str | None:
+        """Return the version of Proxmox VE (`pvesh get /version`)."""
+        return get_text(self.get("/version", dict), "version")
+
+    def permissions(self, path: str = "") -> Mapping[str, object]:
+        """Return path → privilege → 1 if it holds below that path too, else 0.
+
+        With `path` (`pvesh get /access/permissions --path PATH`) the answer is exact; without, it
+        has every path that grants something, but not what others inherit from it.
+        """
+        return self.get("/access/permissions" + (f"?path={path}" if path else ""), dict)
+
+    def resources(self) -> list[dict[str, object]]:
+        """Return this node's entries in `pvesh get /cluster/resources`: node, guests, storages.
+
+        Guests without VM.Audit and storages without Datastore.Audit are missing.  pveproxy answers
+        this itself; /nodes/NODE/lxc would cost pvedaemon 15 to 22 ms of CPU for each running
+        container, and one that hangs would hold one of its three workers for good.
+        """
+        path = "/cluster/resources"
+        entries = [entry for entry in self.get(path, list) if isinstance(entry, dict)]
+        nodes = sorted(str(entry.get("node")) for entry in entries if entry.get("type") == "node")
+        if self.node not in nodes:
+            hint = f"set proxmox.node to one of (case-sensitive): {self.clean(', '.join(nodes))}"
+            raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
+        return [entry for entry in entries if entry.get("node") == self.node]
+
+    def list_lxc(self) -> list[dict[str, object]]:
+        """Return this node's containers in /cluster/resources."""
+        return [entry for entry in self.resources() if entry.get("type") == "lxc"]
 
     def node_status(self) -> Mapping[str, object]:
-        """Return the node's figures (`pvesh get /nodes/NODE/status`); needs Sys.Audit on /nodes/NODE."""
-        return self.fetch(f"/nodes/{self.node}/status", dict)
+        """Return `pvesh get /nodes/NODE/status` (Sys.Audit on /nodes/NODE)."""
+        return self.get(f"/nodes/{self.node}/status", dict)
 
-    def list_lxc(self) -> list[Mapping[str, object]]:
-        """Return an entry for each container that the token may see (`pvesh get /nodes/NODE/lxc`); needs VM.Audit."""
-        return [parse_object(entry) for entry in self.fetch(f"/nodes/{self.node}/lxc", list)]
+    def guest_config(self, vmid: int, guest_type: str = "lxc") -> Mapping[str, object]:
+        """Return `pvesh get /nodes/NODE/TYPE/VMID/config --current 1` (VM.Audit on /vms/VMID).
 
-    def guest_config(self, vmid: int) -> Mapping[str, object]:
-        """Return a container's configuration (`pvesh get /nodes/NODE/lxc/VMID/config --current 1`); needs VM.Audit on /vms/VMID."""
-        return self.fetch(self._config_path(vmid), dict)
+        Without `current` pending changes would be mixed in.
+        """
+        return self.get(f"/nodes/{self.node}/{guest_type}/{vmid}/config?current=1", dict)
 
-    def guest_configs(self, vmids: Sequence[int]) -> Iterator[tuple[int, Mapping[str, object] | AgentError]]:
-        """Yield each container's configuration, or why it cannot be read, in the order in which they come."""
-        in_flight = min(MAX_IN_FLIGHT, 1 + len(vmids) // GUESTS_PER_CONNECTION)
-        for number, said in self.run((self.exchange(self._config_path(vmid), dict) for vmid in vmids), in_flight):
-            yield vmids[number], cast("dict[str, object] | AgentError", said)
+    def backups(self, storage: str) -> list[Backup]:
+        """Return the newest backup of each guest on a storage (Datastore.Audit on it).
 
-    def parse(self, body: str) -> object:
-        """Return `data` of an answer, as Server.parse says."""
-        if "\\u" in body or "\\/" in body:  # Proxmox writes neither; whoever does may hide a secret from the search below
-            body = json.dumps(parse_json(body))
-        for form in self._echoes:  # a secret that comes back goes no further
-            body = body.replace(form, "***")
-        return cast("Any", parse_json(body))["data"]
-
-    def _config_path(self, vmid: int) -> str:
-        return f"/nodes/{self.node}/lxc/{vmid}/config?current=1"  # current=1: else changes that wait for its next start are mixed in
-
-
-def diagnose_token(permissions: Mapping[str, object], token_id: str, node: str) -> tuple[bool, list[str]]:
-    """Return whether the token sees all guests, and what is wrong with its rights, in the operator's words.
-
-    Judged as Proxmox does: the deepest path that is listed decides, and what is granted there with 1 holds below it, with 0 only
-    there.  Source: PVE::AccessControl, `roles`.
-    """
-
-    def holds(privilege: str, path: str) -> bool:
-        if path in permissions:
-            return privilege in parse_object(permissions[path])
-        while path != "/":
-            path = path.rpartition("/")[0] or "/"
-            handed_down = [name for name, value in parse_object(permissions.get(path)).items() if value]
-            if handed_down:
-                return privilege in handed_down
-        return False
-
-    user, _, name = token_id.partition("!")
-    grant = GRANT.format(user=user)
-    sees_all = holds("VM.Audit", "/vms")
-    lacking = [f"{right} on {path}" for right, path in (("Sys.Audit", f"/nodes/{node}"), ("VM.Audit", "/vms")) if not holds(right, path)]
-    some = sorted(path.removeprefix("/vms/") for path in permissions if path.startswith("/vms/") and holds("VM.Audit", path))
-    more = {right for granted in permissions.values() for right in parse_object(granted) if not right.endswith(".Audit")}
-    wrong = []
-    if not permissions:
-        wrong.append(
-            f"token {token_id} has no rights at all; with privilege separation it has only those that its user {user} has too: "
-            f"{grant} && pveum user token modify {user} {name} --privsep 0"
-        )
-    elif lacking:
-        wrong.append(f"token {token_id} lacks {' and '.join(lacking)}; {grant}")
-    if some and not sees_all:
-        wrong.append(f"only these guests are reported, the token has VM.Audit on no others: {clean(', '.join(some))}")
-    if more:
-        wrong.append(f"token {token_id} can do more than read: {clean(', '.join(sorted(more)))}; the role PVEAuditor is enough")
-    return sees_all, wrong
+        A dry run of pruning is the only call that shows backups to a token that can only read:
+        `pvesh get /nodes/NODE/storage/STORAGE/prunebackups --prune-backups keep-all=1`.
+        """
+        name = urllib.parse.quote(storage, safe="")
+        path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
+        newest: dict[int, tuple[int, str]] = {}
+        for entry in self.get(path, list):
+            # A file that somebody renamed has no guest, and not the date of the backup.
+            if lookup(entry, "mark") == "renamed":
+                continue
+            vmid, created = get_int(entry, "vmid") or 0, get_int(entry, "ctime") or 0
+            volid = get_text(entry, "volid") or ""
+            # Up to 2106; strftime cannot do every integer.
+            if not (vmid and volid and 0 < created < 2**32):
+                raise self.unexpected(f"GET {path}: 200", "a backup without guest, name or date")
+            newest[vmid] = max(newest.get(vmid, (0, "")), (created, volid))
+        unread: dict[str, Any] = {"size_bytes": None, "verified": None}
+        return [
+            Backup(vmid=vmid, storage=storage, volid=volid, created_at=format_time(at), **unread)
+            for vmid, (at, volid) in newest.items()
+        ]
 
 
-# ---- systemd ----------------------------------------------------------------------------------------------------------------
+# ---- systemd -------------------------------------------------------------------------------------
 
 
 class CloudflaredProber(Protocol):
-    """Whatever can tell the state of the tunnel."""
+    """Whatever can say how the tunnel is doing."""
 
     def probe(self) -> str:
-        """Return systemd's word for the state, `unknown` where it cannot be asked."""
+        """Return the unit's state.  An exception means that it is unknown."""
 
 
 class SystemctlProber:
-    """Asks `systemctl is-active UNIT`.  Its word counts, not its exit status, which differs between releases."""
+    """Asks `systemctl is-active UNIT`."""
 
-    def __init__(self, unit: str, *, logger: logging.Logger = LOG) -> None:
+    def __init__(self, unit: str) -> None:
         self._command = ["systemctl", "is-active", "--", unit]
-        self._changes = Changes(logger)
 
     def probe(self) -> str:
-        """Return the word, `unknown` where systemd cannot be asked."""
-        try:
-            said, why = self._ask().decode("ascii", "replace").strip(), "says nothing that can be used"
-        except (OSError, ValueError, subprocess.SubprocessError) as exc:
-            said, why = "", getattr(exc, "strerror", None) or type(exc).__name__
-        known, command = re.fullmatch(r"[a-z-]{2,20}", said), " ".join(self._command)
-        self._changes.tell("", "" if known else f"{command}: {why}; cloudflared.status is unknown", f"{command}: answers again")
-        return said if known else "unknown"
-
-    def _ask(self) -> bytes:
-        """Return what the child prints, at most 256 bytes; OSError, TimeoutError after PROBE_SECONDS."""
-        deadline = time.monotonic() + PROBE_SECONDS
-        # No shell, and nothing of our environment but the path, so no secret reaches the child.
-        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-        with subprocess.Popen(
+        """Return the unit's state.  Raises AgentError, OSError or subprocess.TimeoutExpired."""
+        done = subprocess.run(
             self._command,
-            env=environment,
+            # Nothing else of our environment: no secret reaches the child.
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as child:
-            output = cast(io.FileIO, child.stdout).fileno()
-            try:
-                said = b""
-                while len(said) < 256 and select.select([output], [], [], seconds_left(deadline))[0] and (more := os.read(output, 256)):
-                    said += more
-                seconds_left(deadline)
-                return said
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # whoever started us may have SIGCHLD ignored, so that nobody is there
-                    os.killpg(child.pid, signal.SIGKILL)  # it is not reaped yet, so the group is still its own: it and all that it started
+            capture_output=True,
+            timeout=SYSTEMCTL_SECONDS,
+            # The exit status differs between releases; the state on standard output does not.
+            check=False,
+        )
+        state = done.stdout.decode(errors="replace").strip()
+        if not re.fullmatch("[a-z-]{2,20}", state):
+            reason = done.stderr.decode(errors="replace").strip() or "printed no state"
+            raise AgentError(f"{' '.join(self._command)}: {sanitize(reason)}")
+        return state
 
 
-def notify(text: str) -> None:
-    """Send a message to systemd (sd_notify(3)) where it listens; never waits, never fails."""
+def notify(message: str) -> None:
+    """Send a message to systemd (sd_notify(3)) if it listens; never waits, never fails."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(text.encode(), socket.MSG_DONTWAIT, re.sub("^@", "\0", address))
+            sock.sendto(message.encode(), socket.MSG_DONTWAIT, re.sub("^@", "\0", address))
 
 
-def notify_wait(status: str, seconds: float) -> None:
-    """Tell systemd how it goes, and that the agent hangs if it says nothing more for `seconds`."""
-    watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={math.ceil(seconds) * 1_000_000}\n" if "WATCHDOG_USEC" in os.environ else ""
-    notify(f"READY=1\n{watchdog}STATUS={clean(status)}")
+def notify_status(status: str, watchdog_seconds: float) -> None:
+    """Send the status, and how soon systemd must hear from the agent again or restart it.
+
+    One message per cycle is enough: it moves the watchdog's deadline.
+    """
+    watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={watchdog_seconds * 1e6:.0f}\n"
+    notify(f"READY=1\n{watchdog if 'WATCHDOG_USEC' in os.environ else ''}STATUS={status}")
 
 
-class LineFormatter(logging.Formatter):
-    """Lines that nobody else can forge: secrets replaced, control characters escaped, all after the first indented."""
-
-    def __init__(self, *, journal: bool) -> None:
-        super().__init__()
-        self.journal = journal
-        self.secrets: tuple[str, ...] = ()
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as lines, for the journal with their priority in front (sd-daemon(3)), else with time and level."""
-        traceback = self.formatException(record.exc_info).split("\n") if record.exc_info else []
-        lines = [clean(line, self.secrets, 2000) for line in (record.getMessage(), *traceback)]
-        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
-        prefix, head = (f"<{priority}>", "") if self.journal else ("", f"{self.formatTime(record)} {record.levelname} ")
-        return prefix + head + f"\n{prefix}    ".join(lines) + "\n"
-
-
-class StderrHandler(logging.Handler):
-    """Writes to standard error, and drops what cannot be written: a log that is full or not read must not stop the heartbeat."""
-
-    patience_seconds = 0.5
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, waiting half a second at most, and not again until something has been written."""
-        if sys.stderr is None:  # it was closed when we started, and its descriptor may be another file's by now
-            return
-        with contextlib.suppress(OSError):
-            for line in self.format(record).encode("utf-8", "backslashreplace").splitlines(keepends=True):
-                if not select.select([], [2], [], self.patience_seconds)[1]:
-                    self.patience_seconds = 0.0
-                    return
-                os.write(2, line if len(line) <= 4096 else line[:4095] + b"\n")  # a pipe that is writable takes that much
-            self.patience_seconds = 0.5
-
-
-def is_journal(stream: str) -> bool:
-    """Tell whether standard error is the journal's `stream`, $JOURNAL_STREAM of systemd.exec(5)."""
-    with contextlib.suppress(OSError):
-        status = os.fstat(2)
-        return stream == f"{status.st_dev}:{status.st_ino}"
-    return False
-
-
-# ---- collector --------------------------------------------------------------------------------------------------------------
+# ---- collector -----------------------------------------------------------------------------------
 
 
 class Collector:
     """Reads the node once and builds the report."""
 
     def __init__(
-        self, proxmox: ProxmoxClient, cloudflared: CloudflaredProber, *, host_id: str, agent_version: str, logger: logging.Logger
+        self,
+        proxmox: ProxmoxClient,
+        cloudflared: CloudflaredProber,
+        *,
+        host_id: str,
+        agent_version: str,
+        logger: logging.Logger,
     ) -> None:
         self.proxmox = proxmox
         self._cloudflared = cloudflared
         self._host_id = host_id
         self._agent_version = agent_version
-        self._changes = Changes(logger)
-        self._diagnosed = False
+        self._logger = logger
+        self._warn = WarnOnce(logger)
+        self._guest_types = ("lxc", "qemu") if "qemu" in proxmox.extras else ("lxc",)
+        # A backup is on a storage, so backups bring storages along.
+        self._reads_storages = bool({"storage", "backups"} & set(proxmox.extras))
 
-    def collect(self) -> HostReport:
-        """Return the report; AgentError where node status or guest list cannot be read, for then there is nothing true to say."""
-        with self.proxmox.cycle():
-            nodes, lack = [], ""
-            try:
-                nodes = self.proxmox.nodes()
-            except AgentError as exc:
-                lack = f"cpu_usage is unknown: {exc}"
-            try:
-                status = self.proxmox.node_status()
-                listed = self._list_guests()
-            except HTTPError as exc:
-                if exc.status == 403:
-                    self._diagnose()
-                raise
-            if not self._diagnosed:
-                self._diagnose()
-            host = build_host(self.proxmox.node, status, nodes)
-            guests = self._read_guests(listed, host.cpu_count)
-        self._changes.tell("nodes", lack, "cpu_usage can be read again")  # only now: where nothing can be read, one line is enough
-        cloudflared = Cloudflared(status=self._probe())
+    def collect(self, *, thorough: bool = False) -> HostReport:
+        """Return the report; `thorough` also judges the token by all it may do elsewhere.
+
+        Raises AgentError if the list or the node's status cannot be read: a report without guests
+        would claim that there are none.
+        """
+        with self.proxmox.session():
+            resources = self.proxmox.resources()
+            status = self.proxmox.node_status()
+            node = next(entry for entry in resources if entry.get("type") == "node")
+            storages = [entry for entry in resources if entry.get("type") == "storage"]
+            entries = self._find_guests(resources)
+            self._check_token(entries, storages, thorough=thorough)
+            old = self._check_age(status, node, entries)
+            host = build_host(self.proxmox.node, status, None if old else node)
+            guests = self._read_guests(entries, host.cpu_count, old=old)
+            targets, backups = self._read_storages(storages, old=old)
         return HostReport(
             host_id=self._host_id,
             agent_version=self._agent_version,
-            reported_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            reported_at=format_time(),
             host=host,
             guests=guests,
-            cloudflared=cloudflared,
+            cloudflared=Cloudflared(status=self._probe()),
+            storage_targets=targets,
+            backups=backups,
         )
 
-    def _diagnose(self) -> bool:
-        """Diagnose the token, warn of what is wrong with it, and tell whether it is known to see all guests."""
-        try:
-            permissions = self.proxmox.permissions()
-        except AgentError as exc:
-            self._changes.tell("rights", f"the token's rights are not known: {exc}")
-            return False
-        sees_all, wrong = diagnose_token(permissions, self.proxmox.token_id, self.proxmox.node)
-        self._diagnosed = True
-        self._changes.tell("rights", " | ".join(wrong), "the token's rights are as they should be")
-        return sees_all
+    def _find_guests(self, resources: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+        guests: dict[int, dict[str, object]] = {}
+        for entry in resources:
+            if entry.get("type") in self._guest_types:
+                vmid = get_int(entry, "vmid") or 0
+                # To leave it out would claim that it does not exist.
+                if not 100 <= vmid <= 999_999_999:
+                    where = "GET /cluster/resources: 200"
+                    raise self.proxmox.unexpected(where, "a guest without a valid vmid")
+                guests[vmid] = entry
+        return [guests[vmid] for vmid in sorted(guests)]
 
-    def _list_guests(self) -> dict[int, Mapping[str, object]]:
-        """Return the entries of the guest list by vmid, in their order."""
-        path = f"/nodes/{self.proxmox.node}/lxc"
-        listed: dict[int, Mapping[str, object]] = {}
-        for entry in self.proxmox.list_lxc():
-            vmid = parse_integer(entry.get("vmid"), 100, 999_999_999)
-            if vmid is None:  # to leave it out would claim that it does not exist
-                raise self.proxmox.other_shape(f"GET {path}", "a guest without a vmid")
-            listed.setdefault(vmid, entry)
-        # Proxmox leaves out what the token may not see and says nothing, so an empty list alone does not mean no guests.
-        if not listed and not self._diagnose():
-            text = f"GET {path}: an empty list, and the token is not known to have VM.Audit on /vms; {GRANT.format(user=self.proxmox.user)}"
-            raise AgentError(text, headline="token lacks VM.Audit", retryable=False)
-        return dict(sorted(listed.items()))
+    def _check_token(
+        self, guests: Sequence[object], storages: Sequence[object], *, thorough: bool
+    ) -> None:
+        """Warn if the token may not see everything, or may do more than read.
 
-    def _read_guests(self, listed: Mapping[int, Mapping[str, object]], cpu_count: int | None) -> tuple[Guest, ...]:
-        guests: dict[int, Guest] = {}
-        failed: dict[int, str] = {}  # the texts alone: an error holds its traceback
-        refused = False
-        for vmid, config in self.proxmox.guest_configs(list(listed)):
-            if isinstance(config, AgentError):
-                failed[vmid] = str(config)
-                refused = refused or (isinstance(config, HTTPError) and config.status == 403)
-            guests[vmid] = build_guest(vmid, listed[vmid], None if isinstance(config, AgentError) else config, cpu_count)
-        named = ", ".join(str(vmid) for vmid in sorted(failed)[:10]) + (", …" if len(failed) > 10 else "")
-        lack = f"{len(failed)} of {len(listed)} guests are unknown ({named}): {failed[min(failed)]}" if failed else ""
-        self._changes.tell("guests", lack, "all guests can be read again")
-        if refused:
-            self._diagnose()
-        return tuple(guests[vmid] for vmid in listed)
+        Proxmox leaves out what the token may not see, and does not say so.  Raises AgentError if
+        that can be why there are no guests or no storages.
+        """
+        needed: dict[str, tuple[str, Sequence[object]]] = {"/vms": ("VM.Audit", guests)}
+        if self._reads_storages:
+            needed["/storage"] = ("Datastore.Audit", storages)
+        granted: set[str] = set()
+        # Without Sys.Audit on the node, its status could not have been read.
+        for path in [*needed, f"/nodes/{self.proxmox.node}", *([""] if thorough else [])]:
+            reply = self.proxmox.permissions(path)
+            granted.update(*(value for value in reply.values() if isinstance(value, dict)))
+            privilege, listed = needed.get(path, ("", ()))
+            # 0 means that it holds for the path itself, not for what is below.
+            if not privilege or lookup(reply, path, privilege):
+                self._warn.resolved(f"{privilege} on {path}")
+                continue
+            lacks = f"token {self.proxmox.token_id} does not have {privilege} on {path}"
+            problem = f"{lacks}, so the list may not be complete; {self.proxmox.grant}"
+            if not listed:
+                raise AgentError(problem)
+            self._warn.problem(f"{privilege} on {path}", problem)
+        excess = ", ".join(sorted(name for name in granted if not name.endswith(".Audit")))
+        if excess:
+            can = f"token {self.proxmox.token_id} can do more than read: {sanitize(excess)}"
+            hint = "leave it only the role PVEAuditor of those that pveum acl list shows"
+            self._warn.problem("excess privileges", f"{can}; {hint}")
+        else:
+            self._warn.resolved("excess privileges")
+
+    def _check_age(self, status: object, node: object, guests: Iterable[object]) -> bool:
+        """Return whether the list is too old to believe; warn if pvestatd does not refresh it.
+
+        Proxmox repeats pvestatd's last values for 5 minutes as if they were true.  Then everything
+        is listed as unknown, the node without an uptime.
+        """
+        now, then = get_int(status, "uptime"), get_int(node, "uptime")
+        age = now - then if now is not None and then is not None else -1
+        old = not 0 <= age <= MAX_AGE_SECONDS
+        if old or {lookup(guest, "status") for guest in guests} == {"unknown"}:
+            since = f"for {age} s" if age > MAX_AGE_SECONDS else "for 5 minutes or since its start"
+            self._warn.problem(
+                "pvestatd",
+                f"pvestatd has not reported {since}, so guests and storages are unknown; check "
+                "systemctl status pvestatd (mostly, a storage does not answer)",
+                key="unknown",
+            )
+        else:
+            self._warn.resolved("pvestatd")
+        return old
+
+    def _read_guests(
+        self, entries: Sequence[dict[str, object]], cpu_count: int | None, *, old: bool
+    ) -> tuple[Guest, ...]:
+        guests, failures = [], []
+        for entry in entries:
+            vmid, config = get_int(entry, "vmid") or 0, None
+            try:
+                config = self.proxmox.guest_config(vmid, str(entry.get("type")))
+            except AgentError as exc:
+                failures.append((vmid, str(exc)))
+            if entry.get("status") == "unknown":
+                self._logger.debug("guest %d is listed as unknown", vmid)
+            guests.append(build_guest(entry, config, cpu_count, old=old))
+        if failures:
+            vmids = ", ".join(str(vmid) for vmid, _ in failures[:10]) + ", …" * (len(failures) > 10)
+            count = f"{len(failures)} of {len(entries)} guests are unknown ({vmids})"
+            self._warn.problem("guests", f"{count}: {failures[0][1]}")
+        else:
+            self._warn.resolved("guests")
+        return tuple(guests)
+
+    def _read_storages(
+        self, entries: Iterable[object], *, old: bool
+    ) -> tuple[tuple[StorageTarget, ...], tuple[Backup, ...]]:
+        """Return storages and newest backups; without its backups a storage is unknown.
+
+        pvedaemon lists backups, and a storage that hangs holds one of its three workers.  So only
+        storages are asked that pvestatd has just found available.
+        """
+        targets: list[StorageTarget] = []
+        backups: list[Backup] = []
+        failures = []
+        for entry in entries if self._reads_storages else ():
+            target = build_storage(entry, old=old)
+            contents = (get_text(entry, "content") or "").split(",")
+            # A Proxmox Backup Server has its own API, and its own token.
+            is_asked = (
+                target.status == "available" and "backup" in contents and target.type != "pbs"
+            )
+            if is_asked and "backups" in self.proxmox.extras:
+                try:
+                    backups += self.proxmox.backups(target.storage)
+                except AgentError as exc:
+                    failures.append(f"storage {target.storage} is unknown: {exc}")
+                    target = build_storage(entry, old=True)
+            targets.append(target)
+        if failures:
+            self._warn.problem("backups", "; ".join(failures))
+        else:
+            self._warn.resolved("backups")
+        return (
+            tuple(sorted(targets, key=lambda target: target.storage)),
+            tuple(sorted(backups, key=lambda backup: (backup.vmid, backup.storage))),
+        )
 
     def _probe(self) -> str:
         try:
-            status = self._cloudflared.probe()
-        except Exception as exc:  # a prober is handed in, and whatever is wrong with it is no reason to be silent
-            self._changes.tell("prober", f"cloudflared.status is unknown: {type(exc).__name__}", bug=exc)
+            state = self._cloudflared.probe()
+        except Exception as exc:
+            # No prober may stop the heartbeat.
+            reason = sanitize(str(exc) or type(exc).__name__)
+            self._warn.problem("cloudflared.status", f"cloudflared.status is unknown: {reason}")
             return "unknown"
-        self._changes.tell("prober", "", "cloudflared.status can be read again")
-        return status
+        self._warn.resolved("cloudflared.status")
+        return state
 
 
-# ---- hub client -------------------------------------------------------------------------------------------------------------
+# ---- hub client ----------------------------------------------------------------------------------
 
 
-class HubClient(Server):
-    """Posts reports."""
+class HubClient(Client):
+    """Posts reports to the hub with urllib.request, which can also use a proxy."""
 
-    name, daemon, misfit, limit_bytes = "hub", "the hub", "no envelope", MAX_ENVELOPE_BYTES
-    mends: Mapping[str, str] = {
-        **MENDS,
-        "401": "check hub.api_key",
-        "403": "check hub.api_key and hub.host_id",
-        "404": "check hub.url, to which the agent adds /api/v1/host-report",
-        "the proxy": "check https_proxy and no_proxy",
-    }
+    section = "hub"
+    server = "the hub"
+    log = "the hub's log"
+    max_bytes = 1 << 20
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
         super().__init__(config, f"Bearer {config.api_key}", config.api_key)
-        if not is_loopback(self._parts.hostname):
-            self.opener.add_handler(urllib.request.ProxyHandler())
+        self.headers["Content-Type"] = "application/json"
+        gateway = "the web server in front of the hub cannot reach it"
+        self.hints = {
+            401: "check hub.api_key and hub.host_id",
+            403: "check hub.api_key and hub.host_id",
+            404: f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub runs",
+            405: f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub runs",
+            413: "let the hub, and the web server in front of it, accept 4 MiB",
+            429: "the hub asks the agent to wait",
+            # 520 to 526 are Cloudflare's.
+            **dict.fromkeys((502, 503, 504, *range(520, 527)), gateway),
+        }
+        self._base = config.url.rstrip("/")
         self._logger = logger
-        self._changes = Changes(logger)
+        self._warn = WarnOnce(logger)
+        # urllib.request.build_opener would add a handler that follows redirects.
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(urllib.request.HTTPHandler())
+        self._opener.add_handler(HTTPSHandler(context=self.context))
+        proxy = urllib.request.getproxies().get("https", "")
+        bypass = urllib.request.proxy_bypass(self.url.netloc) or is_loopback(self.url.hostname)
+        self._is_proxied = bool(proxy and not bypass)
+        if self._is_proxied:
+            # With any other scheme the password would go to the proxy unencrypted all the same.
+            form = r"http://([^@/:\s]+(:[^@/\s]*)?@)?([^@/\s]*[^@/:\s]:[0-9]{1,5})/?"
+            match = re.fullmatch(form, proxy)
+            if not match:
+                expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
+                raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
+            self.address = f"{self.url.netloc} through the proxy {match[3]}"
+            self._opener.add_handler(urllib.request.ProxyHandler())
 
     def report(self, report: HostReport) -> ControlEnvelope:
-        """Send one report and return the hub's answer; TransportError, HTTPError."""
-        document = self.fetch("/api/v1/host-report", dict, report.to_json().encode())
-        envelope = ControlEnvelope(**parse_figures(ControlEnvelope, document))
-        ignored = envelope.poll_interval_seconds is None and "poll_interval_seconds" in document
-        wish = clean(json.dumps(document.get("poll_interval_seconds")), self.secrets, 40)
-        wrong = f"the hub's poll_interval_seconds is no whole number and is ignored: {wish}"
-        self._changes.tell("interval", wrong if ignored else "", "the hub's poll_interval_seconds is as it should be")
+        """Send one report and return the hub's reply.  Raises TransportError or HTTPError."""
+        reply = self.request("POST", REPORT_PATH, report.to_json().encode())
+        envelope = build_envelope(reply)
         self._logger.debug("%s", envelope)
+        name = "poll_interval_seconds"
+        if name in reply and envelope.poll_interval_seconds is None:
+            self._warn.problem(name, f"the hub's {name} is not an integer and is ignored")
+        else:
+            self._warn.resolved(name)
         return envelope
 
-    def parse(self, body: str) -> object:
-        """Return the answer's JSON, of an empty one an envelope without a wish; else as Server.parse."""
-        return parse_json(body) if body.strip() else {}
+    def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+        request = urllib.request.Request(self._base + path, body, self.headers, method=method)
+        response: http.client.HTTPResponse = self._opener.open(request)
+        return response
+
+    def parse(self, response: http.client.HTTPResponse, content: bytes) -> Any:
+        # 204 No Content
+        if response.status == 204:
+            return {}
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise ValueError(f"it is compressed ({encoding}), and nobody asked for that")
+        # Some web servers answer an empty 200 to every path that they do not know.
+        if not content:
+            raise ValueError("it is empty")
+        reply = json.loads(content.decode("utf-8-sig"))
+        if not isinstance(reply, dict):
+            raise TypeError("it is not a JSON object")
+        return reply
+
+    def failure_hint(self, exc: Exception) -> str:
+        if not self._is_proxied or isinstance(exc, ssl.SSLError):
+            return super().failure_hint(exc)
+        # http.client tells the proxy's status only in its message.
+        match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
+        status = match[1] if match else ""
+        if status == "407":
+            return "check user and password in https_proxy"
+        if status in ("502", "503", "504"):
+            return "the proxy cannot reach the hub: check hub.url, and that the hub is running"
+        return "check https_proxy, and that the proxy allows this host and port; or set no_proxy"
 
 
-# ---- loop -------------------------------------------------------------------------------------------------------------------
+# ---- loop ----------------------------------------------------------------------------------------
 
 
-def next_try(*, started: float, now: float, interval: float, failures: int, error: Exception | None, fraction: float) -> float:
-    """Return when to try next, on the clock of `started` (when this cycle was due) and `now` (its end); all in seconds.
+def retry_delay(interval: float, failures: int, retry_after: int | None, fraction: float) -> float:
+    """Return how many seconds to wait after `failures` in a row.
 
-    After a success, and after an error that asking again cannot mend: the next whole interval after `started`, so that nothing
-    drifts; a tick that has passed or is less than 7.5 s away is skipped.  After any other: min(interval, 15 · 4^failures) from now,
-    times a factor from 0.5 to 1 (`fraction` goes from 0 to 1), `failures` being those in a row before this one.  Where the server
-    said Retry-After, not before that, and spread over four times as long again, an interval at most, so that agents told the same
-    do not return together.
+    15, 60, 240, … seconds, at most the interval, shortened at random by up to half; or what
+    Retry-After says, at most an hour, lengthened at random up to twofold, so that agents which
+    were told the same do not return together.  `fraction` is a random number from 0 to 1.
     """
-    if error is None or not getattr(error, "retryable", True):
-        return started + interval * (math.floor((now - started + RETRY_SECONDS / 2) / interval) + 1)
-    delay = min(interval, RETRY_SECONDS * 4.0 ** min(failures, 6)) * (0.5 + fraction / 2)
-    told: float | None = getattr(error, "retry_after", None)
-    return now + (delay if told is None else max(delay, told + min(interval, 4 * told) * fraction))
-
-
-def rest(seconds: float) -> None:
-    """Wait, without what a failed cycle has left: its error leads to the frames that it came through, and these to its report."""
-    gc.collect()
-    time.sleep(seconds)
-
-
-def count_tries(number: int) -> str:
-    """Return `1 try`, `2 tries`."""
-    return f"{number} {'try' if number == 1 else 'tries'}"
+    if retry_after:
+        return min(retry_after, MAX_POLL_SECONDS) * (1 + fraction)
+    return min(interval, FIRST_RETRY_SECONDS * 4.0 ** min(failures - 1, 6)) * (0.5 + fraction / 2)
 
 
 class Loop:
-    """Collects and reports for ever.  Clock, wait, randomness and the word to systemd are handed in."""
+    """Collects and reports for ever; clock, wait, random numbers and systemd are handed in."""
 
     def __init__(
         self,
@@ -1565,157 +1366,169 @@ class Loop:
         *,
         logger: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
-        wait: Callable[[float], None] = rest,
+        wait: Callable[[float], None] = time.sleep,
         fraction: Callable[[], float] = random.random,
-        tell: Callable[[str, float], None] = notify_wait,
+        notify: Callable[[str, float], None] = notify_status,
     ) -> None:
         self.interval = interval
         self._collector, self._client, self._logger = collector, client, logger
-        self._clock, self._wait, self._fraction, self._tell = clock, wait, fraction, tell
-        self._changes = Changes(logger)
+        self._clock, self._wait, self._fraction, self._notify = clock, wait, fraction, notify
+        self._warn = WarnOnce(logger)
         self._failures = 0
-        self._failing_since = (0.0, "")
+        self._failing_since = 0.0
 
     def run(self, cycles: float = math.inf) -> None:
-        """Run the first cycle at once and each further one when it is due, `cycles` of them or without end."""
-        due = self._clock()
+        """Run the first cycle at once and each further one when it is due."""
         while cycles > 0:
             cycles -= 1
-            failures = self._failures
-            error, status = self.cycle()
-            now = self._clock()
-            due = next_try(started=due, now=now, interval=self.interval, failures=failures, error=error, fraction=self._fraction())
-            del error  # `rest` says why
-            self._tell(f"{status}, next in {due - now:.0f} s", due - now)
-            self._wait(due - now)
+            delay, status = self.cycle()
+            self._notify(f"{status}; next in {delay:.0f} s", delay)
+            self._wait(delay)
 
-    def cycle(self) -> tuple[Exception | None, str]:
-        """Collect, report and adopt the hub's interval; return what failed, and how it goes in half a line."""
-        started = self._clock()
+    def cycle(self) -> tuple[float, str]:
+        """Collect and send one report; return the seconds to wait, and how it went."""
+        began = self._clock()
         try:
             report = self._collector.collect()
-            self._adopt(self._client.report(report).poll_interval_seconds)
-        except Exception as exc:  # faults of our own too: the next cycle may do better, an agent that has ended never will
-            if not self._failures:
-                self._failing_since = (started, time.strftime("%H:%M"))
-            self._failures += 1
-            text, bug = explain(exc)
-            self._changes.tell("cycle", text, bug=bug)
-            headline = exc.headline if isinstance(exc, AgentError) else "fault of the agent"
-            return exc, f"{headline} since {self._failing_since[1]}, {count_tries(self._failures)}"
-        lasted = self._clock() - self._failing_since[0]
-        self._changes.tell("cycle", "", f"report accepted again, after {count_tries(self._failures)} that failed in {lasted:.0f} s")
+            requested = self._client.report(report).poll_interval_seconds
+        except Exception as exc:
+            return self._fail(began, exc)
+        lasted = self._clock() - self._failing_since
+        self._warn.resolved("report", f", after {self._failures} failures in {lasted:.0f} s")
         self._failures = 0
         self._logger.debug("report accepted, %d guests", len(report.guests))
-        return None, f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
+        if requested is not None:
+            self._set_interval(requested)
+        accepted = f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
+        return max(0.0, began + self.interval - self._clock()), accepted
 
-    def _adopt(self, wish: int | None) -> None:
-        if wish is None:
-            return
-        interval = clamp_poll(wish)
-        if interval != wish:
-            self._changes.tell(f"clamp to {interval}", f"the hub asks for {wish} s, using {interval} s")
+    def _fail(self, began: float, exc: Exception) -> tuple[float, str]:
+        # A bug must not stop the heartbeat either: the next cycle may do better.
+        bug = not isinstance(exc, AgentError)
+        text = f"bug in the agent, please report it: {type(exc).__name__}" if bug else str(exc)
+        self._failing_since = self._failing_since if self._failures else began
+        self._failures += 1
+        self._warn.problem("report", text, bug=bug)
+        retry_after = getattr(exc, "retry_after", None)
+        delay = retry_delay(self.interval, self._failures, retry_after, self._fraction())
+        return delay, f"{self._failures} failed in a row, the last: {text}"
+
+    def _set_interval(self, requested: int) -> None:
+        interval = clamp_poll(requested)
+        if interval != requested:
+            text = (
+                f"the hub asks for an interval of {requested} s, which is limited to {interval} s"
+            )
+            self._warn.problem("requested interval", text)
+        else:
+            self._warn.resolved("requested interval")
         if interval != self.interval:
-            self._logger.info("interval %d s adopted, it was %d s", interval, self.interval)
+            self._logger.info("interval is now %d s, it was %d s", interval, self.interval)
             self.interval = interval
 
 
-# ---- command line -----------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 when it worked, 1 when collect or report failed, 2 for usage and configuration."""
-    parser = argparse.ArgumentParser(prog="felhom-agent", description="Reports a Proxmox VE node to a hub.", allow_abbrev=False)
-    parser.add_argument("--config", metavar="PATH", help=f"the configuration file, {DEFAULT_PATH} by default")
-    parser.add_argument("--selftest", choices=("config", "proxmox", "hub"), help="check one thing, print it as JSON and end")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    """Return 0 on success, 1 if collect or report failed, 2 for wrong usage or configuration."""
+    about = "Report a Proxmox VE node to a hub."
+    parser = argparse.ArgumentParser("felhom-agent", description=about, allow_abbrev=False)
+    parser.add_argument("--config", metavar="PATH", help=f"default: {DEFAULT_PATH}")
+    parser.add_argument("--selftest", choices=("config", "proxmox", "hub"), help="check and exit")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, default="info")
+    parser.add_argument("--print", choices=("unit", "config"), help="print this file and exit")
     parser.add_argument("--version", action="version", version=f"felhom-agent {__version__}")
     arguments = parser.parse_args(argv)
-    formatter = LineFormatter(journal=is_journal(os.environ.get("JOURNAL_STREAM", "")))
-    handler = StderrHandler()
+    if arguments.print:
+        name = {"unit": "felhom-agent.service", "config": "agent.example.json"}[arguments.print]
+        with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
+            sys.stdout.buffer.write(file.read())
+        return 0
+    formatter = LogFormatter()
+    handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(arguments.log_level.upper())
-    # resolv.conf(5): glibc would look for a name for half a minute, and no signal ends that.  Now it takes four seconds with two name
-    # servers that are silent, and as many again for a search list.
-    os.environ.setdefault("RES_OPTIONS", "timeout:2 attempts:1")
-    os.environ.pop("SSLKEYLOGFILE", None)  # to which the ssl module would write the keys of each connection
+    # A standard error that cannot be written to is no reason to stop.
+    logging.raiseExceptions = False
+    hub = None
     try:
         config = load_config(arguments.config, os.environ)
-        formatter.secrets = secret_forms(config.proxmox.token_secret, config.hub.api_key)
-        if arguments.selftest == "config":
-            print(json.dumps(config.redacted(), indent=2))
+        secrets = (config.proxmox.token_secret, config.hub.api_key)
+        formatter.secrets = tuple(form for secret in secrets for form in secret_forms(secret))
         config.validate(hub=arguments.selftest != "proxmox")
-        if arguments.selftest == "config":
-            return 0
-        prober = SystemctlProber(config.cloudflared.unit)
-        collector = Collector(ProxmoxClient(config.proxmox), prober, host_id=config.hub.host_id, agent_version=__version__, logger=LOG)
-        hub = None if arguments.selftest == "proxmox" else HubClient(config.hub, logger=LOG)
+        collector = Collector(
+            ProxmoxClient(config.proxmox),
+            SystemctlProber(config.cloudflared.unit),
+            host_id=config.hub.host_id,
+            agent_version=__version__,
+            logger=LOG,
+        )
+        if arguments.selftest != "proxmox":
+            hub = HubClient(config.hub, logger=LOG)
     except ConfigError as exc:
-        for line in str(exc).splitlines():
+        for line in str(exc).split("\n"):
             LOG.error("%s", line)
         return 2
+    if arguments.selftest == "config":
+        print(json.dumps(config.redacted(), indent=2))
+        return 0
     if arguments.selftest or hub is None:
-        return selftest(collector, hub)
+        return selftest(collector, hub, formatter.secrets)
     return run_daemon(collector, hub, config.hub)
 
 
-def selftest(collector: Collector, hub: HubClient | None) -> int:
-    """Collect once, report it to the `hub` if there is one, and print what was sent and answered."""
-    result: dict[str, object] = {}
+def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]) -> int:
+    """Collect once, send the report if there is a hub, and print both as JSON."""
+    result: dict[str, Any] = {}
     try:
         if hub is None:
-            show_server(collector.proxmox)
-        report = collector.collect()
+            LOG.info("Proxmox VE %s", collector.proxmox.version())
+        report = collector.collect(thorough=hub is None)
         result["report"] = json.loads(report.to_json())
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
-    except Exception as exc:  # a fault of our own is logged too: the log hides secrets, Python's own traceback does not
-        result["error"], bug = explain(exc)
-        LOG.error("%s", result["error"], exc_info=bug)
-    except KeyboardInterrupt:
-        return 130
+    except AgentError as exc:
+        # Masked once more: a client knows only its own secret.
+        result["error"] = sanitize(str(exc), secrets, 2000)
+        LOG.error("%s", exc)
+    except Exception:
+        # The log masks secrets, Python's own traceback would not.
+        result["error"] = "bug in the agent, please report it"
+        LOG.exception("%s", result["error"])
     if "report" in result:
+        # Without a hub section there is no host_id yet.
+        if not report.host_id:
+            del result["report"]["host_id"]
         print(json.dumps(result["report"] if hub is None else result, indent=2))
     return 1 if "error" in result else 0
 
 
-def show_server(proxmox: ProxmoxClient) -> None:
-    """Log what certificate, trusted or not, and what version the server has; AgentError."""
-    if proxmox.context is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # what is wrong is said when the node is read
-            said, fingerprint = proxmox.read_certificate(time.monotonic() + proxmox.collect_seconds / COLLECT_TIMEOUTS)
-            days = (ssl.cert_time_to_seconds(said["notAfter"]) - time.time()) / 86400
-            subject = clean(", ".join(f"{key}={value}" for part in said.get("subject", ()) for key, value in part))
-            LOG.info("certificate %s, valid until %s, SHA-256 %s", subject, said["notAfter"], fingerprint)
-            if days < 14:
-                LOG.warning("the certificate ends in %d days: renew it", days)
-    LOG.info("Proxmox VE %s at %s", parse_text(proxmox.version().get("version")), proxmox.url)
-
-
 def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
     """Report until SIGTERM or SIGINT; return 0."""
-    # What a cycle may take at most: its bounds, and as much again as the name resolution may take and a busy host needs.
-    cycle_seconds = collector.proxmox.collect_seconds + PROBE_SECONDS + config.timeout_seconds + 30
-
-    names: list[str] = []
 
     def stop(number: int, _: object) -> None:
-        names.append(signal.Signals(number).name)
-        signal.setitimer(signal.ITIMER_REAL, 0.1)  # and once more: what is raised in the middle of a finalizer is lost
-        # Blocked, not ignored: Python restores the default before it has ended.  One that had come already finds it so, and does nothing.
-        if number not in signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)):
-            raise SystemExit(names[0])  # no Exception, so nothing else catches it
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        # Not an Exception, so nothing catches it on its way.
+        raise SystemExit(signal.Signals(number).name)
+
+    limits = collector.proxmox.collect_seconds + SYSTEMCTL_SECONDS + hub.timeout_seconds
+    cycle_seconds = limits + LOOKUP_SECONDS
+
+    def notify_wait(status: str, seconds: float) -> None:
+        notify_status(sanitize(status), seconds + cycle_seconds)
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        LOG.info("started version=%s host_id=%s url=%s interval=%d", __version__, config.host_id, config.url, config.poll_seconds)
-        notify_wait("first report on its way", cycle_seconds)
-        loop = Loop(collector, hub, config.poll_seconds, logger=LOG, tell=lambda status, wait: notify_wait(status, wait + cycle_seconds))
-        loop.run()
+        started = "started version=%s host_id=%s url=%s interval=%d"
+        LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
+        notify_wait("first report on its way", 0)
+        Loop(collector, hub, config.poll_seconds, logger=LOG, notify=notify_wait).run()
     except SystemExit as exc:
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         notify("STOPPING=1")
         LOG.info("stopped by %s", exc)
     return 0

@@ -1,4 +1,4 @@
-"""Fixtures: certificates, a simulated node and hub, and a configuration file with which the agent reaches both."""
+"""Fixtures: certificates, a simulated node and hub, and a configuration that reaches both."""
 
 from __future__ import annotations
 
@@ -12,14 +12,32 @@ from hypothesis import HealthCheck, settings
 
 import lab
 
-# Whoever has pasted the lab's lines into this terminal tests the agent all the same, and not with that configuration.
-for name in [name for name in os.environ if name.startswith("FELHOM_AGENT_") and name != "FELHOM_AGENT_PYZ"]:
-    del os.environ[name]
+# Whoever has pasted the lab's lines into this terminal tests the agent all the same, and not with
+# that configuration.
+for name in [name for name in os.environ if name.startswith("FELHOM_AGENT_")]:
+    if name != "FELHOM_AGENT_PYZ":
+        del os.environ[name]
+for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "JOURNAL_STREAM"):
+    os.environ.pop(name, None)
 
 # The short profile finds the same every time; HYPOTHESIS_PROFILE=long looks further on each run.
 slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
-settings.register_profile("short", max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
-settings.register_profile("long", max_examples=3000, print_blob=True, database=None, deadline=None, suppress_health_check=slow)
+settings.register_profile(
+    "short",
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=slow,
+)
+settings.register_profile(
+    "long",
+    max_examples=3000,
+    print_blob=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=slow,
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
@@ -48,8 +66,23 @@ def hub(hub_certificates: lab.Certificates) -> Iterator[lab.SimulatedHub]:
 
 
 @pytest.fixture
-def write_config(tmp_path: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> Callable[..., Path]:
-    """Write agent.json for node and hub; a keyword changes keys of that section: `write_config(hub={"poll_seconds": 60})`."""
+def plain_node() -> Iterator[lab.SimulatedNode]:
+    """Without TLS, where it makes no difference: that saves most of a test's time."""
+    with lab.SimulatedNode(None) as running:
+        yield running
+
+
+@pytest.fixture
+def plain_hub() -> Iterator[lab.SimulatedHub]:
+    with lab.SimulatedHub(None) as running:
+        yield running
+
+
+@pytest.fixture
+def write_config(
+    tmp_path: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub
+) -> Callable[..., Path]:
+    """Write agent.json for node and hub; `write_config(hub={"poll_seconds": 60})` changes it."""
 
     def write(**changes: Mapping[str, object]) -> Path:
         sections = lab.configuration(node, hub)
@@ -65,5 +98,12 @@ def write_config(tmp_path: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub)
 
 @pytest.fixture
 def agent_config(write_config: Callable[..., Path]) -> Path:
-    """A configuration file that just works."""
+    """A configuration file that works."""
     return write_config()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged, from the debug level on."""
+    caplog.set_level("DEBUG")
+    return caplog

@@ -1,13 +1,19 @@
-"""What several test files use to set the agent on the lab."""
+"""What several test files use: builders of sample objects, and the agent as a process."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import select
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
 
 import pytest
 
@@ -15,54 +21,81 @@ import felhom_agent as agent
 import lab
 
 LOG: Final = logging.getLogger("tests")
-# So long a client waits in tests; the configuration takes whole seconds, a client any.
-SOON: Final = 0.4
+MODULE: Final = Path(agent.__file__)
+# How long a client waits in tests; the configuration takes whole seconds, a client any.
+SOON: Final[Any] = 0.4
 
-REPORT: Final = agent.HostReport(
-    host_id="pve1",
-    agent_version=agent.__version__,
-    reported_at="2026-06-08T14:20:09Z",
-    host=agent.build_host("pve1", {}, []),
-    guests=(),
-    cloudflared=agent.Cloudflared(status="active"),
-)
+# The command line as it is, but the wait says so, and ends with a line on standard input.
+STEPPED: Final = """
+import functools, sys
+import felhom_agent as agent
+wait = lambda seconds: print("waits", flush=True) or sys.stdin.readline()
+agent.Loop = functools.partial(agent.Loop, wait=wait)
+sys.exit(agent.main(sys.argv[1:]))
+"""
+
+
+def make_report(**changes: Any) -> agent.HostReport:
+    """A report of a node about which nothing is known."""
+    fields: dict[str, Any] = {
+        "host_id": "pve1",
+        "agent_version": agent.__version__,
+        "reported_at": "2026-06-08T14:20:09Z",
+        "host": agent.build_host("pve1", {}, {}),
+        "guests": (),
+        "cloudflared": agent.Cloudflared(status="active"),
+        **changes,
+    }
+    return agent.HostReport(**fields)
 
 
 def proxmox_config(node: lab.SimulatedNode, /, **changes: Any) -> agent.ProxmoxConfig:
-    keys: dict[str, Any] = {**lab.configuration(node, lab.SimulatedHub(None))["proxmox"], **changes}
-    return agent.ProxmoxConfig(**keys)
+    keys: dict[str, Any] = lab.configuration(node, lab.SimulatedHub(None))["proxmox"]
+    return agent.ProxmoxConfig(**{**keys, **changes})
 
 
-def hub_config(hub: lab.SimulatedHub, **changes: Any) -> agent.HubConfig:
-    keys: dict[str, Any] = {**lab.configuration(lab.SimulatedNode(None), hub)["hub"], **changes}
-    return agent.HubConfig(**keys)
+def hub_config(hub: lab.SimulatedHub, /, **changes: Any) -> agent.HubConfig:
+    keys: dict[str, Any] = lab.configuration(lab.SimulatedNode(None), hub)["hub"]
+    return agent.HubConfig(**{**keys, **changes})
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Level and text of what the agent logged."""
-    return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == LOG.name]
+def make_hub_client(hub: lab.SimulatedHub, /, **changes: Any) -> agent.HubClient:
+    return agent.HubClient(hub_config(hub, **changes), logger=LOG)
 
 
 class Prober:
-    """Answers so, or raises so."""
+    """Returns the state, or raises the exception, that it was given."""
 
-    def __init__(self, answer: str | Exception = "active") -> None:
-        self.answer = answer
+    def __init__(self, state: str | Exception = "active") -> None:
+        self.state = state
 
     def probe(self) -> str:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
+        if isinstance(self.state, Exception):
+            raise self.state
+        return self.state
 
 
-def build_collector(node: lab.SimulatedNode, prober: Prober | None = None, /, **changes: Any) -> agent.Collector:
-    client = agent.ProxmoxClient(proxmox_config(node, **changes))
-    return agent.Collector(client, prober or Prober(), host_id="pve1", agent_version=agent.__version__, logger=LOG)
+def make_collector(
+    node: lab.SimulatedNode, prober: Prober | None = None, /, **changes: Any
+) -> agent.Collector:
+    """A collector that reads this node; `changes` are keys of proxmox in the configuration."""
+    return agent.Collector(
+        agent.ProxmoxClient(proxmox_config(node, **changes)),
+        prober or Prober(),
+        host_id="pve1",
+        agent_version=agent.__version__,
+        logger=LOG,
+    )
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Level and text of what was logged."""
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
 @contextlib.contextmanager
 def raw_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A port on loopback; whoever connects first gets `talk`, and everybody after that nothing."""
+    """A port on loopback; the first who connects gets `talk`, everybody after that nothing."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -78,3 +111,104 @@ def raw_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+def install_systemctl(folder: Path, script: str = "echo active") -> str:
+    """Write a systemctl of our own; returns the PATH on which it is found first."""
+    commands = folder / "commands"
+    commands.mkdir(exist_ok=True)
+    (commands / "systemctl").write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    (commands / "systemctl").chmod(0o755)
+    return f"{commands}:/usr/bin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of the program ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+class Daemon:
+    """The agent as a process of its own; a context manager, which ends it.
+
+    `stepped`: its next cycle comes when the test says so (`step`), not after an interval.  What it
+    logs is in `log`, what it tells systemd in `notified`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Path,
+        *arguments: str,
+        stepped: bool = True,
+        systemctl: str = "echo active",
+        stderr: int | None = None,
+        shell: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log = folder / "log"
+        self.notified: list[str] = []
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(folder / "notify"))
+        self._notify.setblocking(False)
+        variables = {
+            "HOME": str(folder),
+            "NOTIFY_SOCKET": str(folder / "notify"),
+            "PATH": install_systemctl(folder, systemctl),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(MODULE.parent),
+            "TMPDIR": str(folder),
+            "WATCHDOG_USEC": "1",
+            **(environment or {}),
+        }
+        program = ["-c", STEPPED] if stepped else [str(MODULE)]
+        command = [sys.executable, *program, "--config", str(config), *arguments]
+        if shell:
+            command = ["/bin/sh", "-c", shell, "sh", *command]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=variables,
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log if stderr is None else stderr,
+                text=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        with self.process, self._notify:
+            # A process that hangs must not hold the tests up.
+            self.process.kill()
+
+    def await_cycle(self) -> str:
+        """Return the last status that systemd got once the current cycle is over."""
+        assert self.process.stdout
+        assert select.select([self.process.stdout], [], [], 20)[0], "the cycle does not end"
+        assert self.process.stdout.readline() == "waits\n"
+        return self.receive_status()
+
+    def receive_status(self) -> str:
+        """Return the last status that systemd got since the last call, or an empty string."""
+        count = len(self.notified)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.notified.append(self._notify.recv(65536).decode())
+        return "".join(self.notified[count:][-1:]).partition("STATUS=")[2]
+
+    def step(self) -> str:
+        """Start the next cycle and return the status after it."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.await_cycle()
