@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds dist/felhom-agent.pyz and runs what needs it; `./build.sh help` lists the commands.
-# What they need from the package index goes into virtual environments under .venv, once.
+# The packages that they need are installed once, into virtual environments under .venv.
 set -eu
 # File modes are part of the archive.
 umask 022
@@ -42,7 +42,7 @@ check_python() {
     esac
 }
 
-# Makes $venv with the packages that the given files pin, unless it is there already.
+# Makes $venv with the packages that the given files pin, unless it exists.
 set_up() {
     venv=.venv/$version-$1
     shift
@@ -56,7 +56,7 @@ set_up() {
         "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps \
             --only-binary :all: --require-hashes -r "$file" || die "cannot install $file"
     done
-    # Last, so that an interrupted set-up is made again.
+    # Last, so that an interrupted set-up is repeated.
     printf '%s\n' "$made_for" >"$venv/made-for"
 }
 
@@ -73,7 +73,8 @@ build() {
     install -m 644 felhom_agent.py felhom-agent.service agent.example.json "$stage"
     # With -I Python ignores its environment variables and the user's own packages on the node.
     "$venv/bin/python" -I - --site-packages "$stage" --entry-point felhom_agent:main \
-        --python '/usr/bin/python3 -I' --reproducible --uncompressed --output-file "$stage.pyz" <<'END'
+        --python '/usr/bin/python3 -I' --reproducible --uncompressed \
+        --output-file "$stage.pyz" <<'END'
 import shiv.builder, shiv.cli
 
 unsorted = shiv.builder.iter_package_files
@@ -86,7 +87,7 @@ END
     echo "$pyz: $(wc -c <"$pyz") bytes, sha256 $(sha256sum "$pyz" | cut -d ' ' -f 1)"
 }
 
-# Sends one report; with --keep reports go on until Ctrl-C, and one can look at the hub's page.
+# Sends one report.  With --keep the agent goes on reporting, so that you can open the hub's page.
 demo() {
     work=$(mktemp -d) children=''
     trap 'trap "" HUP INT PIPE TERM; kill $children 2>/dev/null || :; wait; rm -rf "$work"' EXIT
@@ -104,7 +105,7 @@ demo() {
     await "$work/hub.log" grep -q 'listening on' "$work/hub.log"
     url=$(sed -n 's|.*listening on \(http://[^/ ]*\).*|\1|p' "$work/hub.log")
 
-    # The agent reads this file and nothing of this machine's own configuration.
+    # Instead of this machine's own configuration, if it has one.
     (umask 077 && echo '{}' >"$work/agent.json")
     # shellcheck source=/dev/null
     . "$work/lab.env"
@@ -114,16 +115,16 @@ demo() {
     printf '\n== felhom-agent.pyz --selftest=hub\n\n'
     "$venv/bin/python" -I "$pyz" --selftest=hub
     if [ "${1-}" = --keep ]; then
-        printf '\n== the page of the hub: %s/ (Ctrl-C ends all of it)\n\n' "$url"
+        printf '\n== the hub'\''s page: %s/ (Ctrl-C to stop)\n\n' "$url"
         "$venv/bin/python" -I "$pyz" &
         children="$children $!"
         wait $!
     else
-        printf '\n== ./build.sh demo --keep goes on, so that one can look at the page of the hub\n'
+        printf '\n== to open the hub'\''s page, run ./build.sh demo --keep\n'
     fi
 }
 
-# Waits until a command succeeds, as long as the last child lives, but at most half a minute.
+# Waits until a command succeeds, at most half a minute and only while the last child runs.
 await() {
     log=$1 tries=300
     shift

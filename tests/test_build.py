@@ -219,7 +219,7 @@ def test_demo_shows_the_report_and_leaves_no_process() -> None:
         try:
             assert demo.stdout
             shown = ""
-            while "the page of the hub: http://127.0.0.1:" not in shown:
+            while "the hub's page: http://127.0.0.1:" not in shown:
                 line = demo.stdout.readline()
                 assert line, shown
                 shown += line
