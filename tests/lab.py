@@ -2,7 +2,7 @@
 
 The node answers as Proxmox's own daemons do (pve-manager 9.2): field names, value types, reason
 phrases, headers, and when it closes a connection. It refuses whatever it does not know, as they do.
-The hub checks every report against `host-report.schema.json`.
+The hub checks every report against docs/host-report.schema.json.
 
     python tests/lab.py --env-file lab.env &      then: . ./lab.env; python felhom_agent.py
 """
@@ -1037,7 +1037,11 @@ class SimulatedNode(Server):
 # --- the hub --------------------------------------------------------------------------------------
 
 
-SCHEMA: Final = Path(__file__).parent / "host-report.schema.json"
+SCHEMA: Final = next(
+    path
+    for folder in Path(__file__).parents
+    if (path := folder / "docs/host-report.schema.json").exists()
+)
 # Each collection in its report is sorted by these keys and names nothing twice.
 SORT_KEYS: Final = {
     "guests": ("vmid",),

@@ -1,0 +1,142 @@
+"""docs/hub.md and the schemas beside it say what the agent does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema
+import pytest
+
+import felhom_agent as agent
+from examples import hub as example
+from support import make_report
+
+DOCS: Final = Path(__file__).parent.parent / "docs"
+PAGE: Final = (DOCS / "hub.md").read_text("utf-8")
+STRICT: Final = json.loads((DOCS / "host-report.schema.json").read_text("utf-8"))
+LENIENT_PATH: Final = DOCS / "host-report-lenient.schema.json"
+LENIENT: Final = json.loads(LENIENT_PATH.read_text("utf-8"))
+DESCRIPTION: Final = (
+    "Any report of this agent and of a later one: fields may be added, and guests may have other"
+    " types and statuses. Made from host-report.schema.json by tests/test_hub_page.py."
+)
+
+
+def make_lenient(schema: Any) -> Any:
+    """Drop what a later agent may change: types and required fields stay."""
+    if isinstance(schema, list):
+        return [make_lenient(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    dropped = {"additionalProperties", "if", "then", "enum", "maximum", "maxLength", "pattern"}
+    kept = {key: make_lenient(value) for key, value in schema.items() if key not in dropped}
+    return {"type": "string", **kept} if "enum" in schema else kept
+
+
+def expected_lenient() -> Any:
+    identity = STRICT["$id"].replace("host-report", "host-report-lenient")
+    head = {"$id": identity, "title": "Host report, lenient", "description": DESCRIPTION}
+    return {**make_lenient(STRICT), **head}
+
+
+def problems(schema: Any, report: object) -> list[str]:
+    validator = jsonschema.Draft202012Validator(schema)
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(report)]
+
+
+def make_document(**changes: Any) -> dict[str, Any]:
+    return {**json.loads(make_report().to_json()), **changes}
+
+
+def make_guests(count: int) -> list[dict[str, Any]]:
+    spec = {"cores": 2, "memory_bytes": 4 << 30, "disk_bytes": 32 << 30}
+    guest = {"type": "lxc", "status": "running", "controller_version": "", "spec": spec}
+    return [{"vmid": 100 + n, "name": f"customer-web{n:03}", **guest} for n in range(count)]
+
+
+def make_backups(count: int) -> list[dict[str, Any]]:
+    volume = "backup-nas:backup/vzdump-lxc-{}-2026_06_08-02_00_03.tar.zst"
+    backup = {"storage": "backup-nas", "created_at": "2026-06-08T02:00:03Z"}
+    empty = {"size_bytes": None, "verified": None}
+    vmids = range(100, 100 + count)
+    return [{"vmid": vmid, "volid": volume.format(vmid), **backup, **empty} for vmid in vmids]
+
+
+# ---- schemas -------------------------------------------------------------------------------------
+
+
+def test_the_lenient_schema_is_made_from_the_strict_one() -> None:
+    """To make it anew: python tests/test_hub_page.py >docs/host-report-lenient.schema.json"""
+    assert expected_lenient() == LENIENT
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.schema.json")), ids=lambda path: path.name)
+def test_every_schema_is_of_draft_2020_12_and_on_the_page(path: Path) -> None:
+    schema = json.loads(path.read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert f"]({path.name})" in PAGE
+
+
+LATER: Final = {
+    "a-field": make_document(disks=[]),
+    "a-field-of-a-guest": make_document(guests=[{**make_guests(1)[0], "tags": []}]),
+    "a-type-of-guest": make_document(guests=[{**make_guests(1)[0], "type": "oci"}]),
+    "a-status-without-spec": make_document(
+        guests=[{"vmid": 1000, "type": "lxc", "name": "x", "status": "x", "controller_version": ""}]
+    ),
+    "a-long-name": make_document(agent_version="1" * 1000),
+}
+
+
+@pytest.mark.parametrize("report", LATER.values(), ids=LATER)
+def test_only_the_lenient_schema_takes_what_a_later_agent_may_say(report: object) -> None:
+    assert problems(STRICT, report)
+    assert problems(LENIENT, report) == []
+
+
+@pytest.mark.parametrize("schema", [STRICT, LENIENT], ids=["strict", "lenient"])
+def test_both_schemas_take_a_report_and_refuse_other_types(schema: Any) -> None:
+    assert problems(schema, make_document(guests=make_guests(3), backups=make_backups(3))) == []
+    for name, value in (("guests", None), ("host", {}), ("host_id", 1), ("backups", {})):
+        assert problems(schema, make_document(**{name: value}))
+    absent = make_document()
+    del absent["backups"]
+    assert problems(schema, absent)
+
+
+# ---- page ----------------------------------------------------------------------------------------
+
+
+def test_the_page_names_the_limits_of_agent_and_example() -> None:
+    assert f"POST {{hub.url}}{agent.REPORT_PATH}" in PAGE
+    assert f"User-Agent: felhom-agent/{agent.__version__}" in PAGE
+    assert f"{agent.MIN_POLL_SECONDS} to {agent.MAX_POLL_SECONDS}" in PAGE
+    assert f"I + {example.TOLERANCE_SECONDS // 60} minutes" in PAGE
+    assert f"{example.MAX_BODY_BYTES >> 20} MiB" in PAGE
+
+
+@pytest.mark.parametrize("count", [10, 100, 1000])
+def test_body_sizes_are_about_what_the_page_says(count: int) -> None:
+    [row] = re.findall(rf"^ *\| {count:,} \| ([\d.]+) kB \| ([\d.]+) kB \|$", PAGE, re.MULTILINE)
+    plain = make_document(guests=make_guests(count))
+    for said, report in zip(row, (plain, {**plain, "backups": make_backups(count)}), strict=True):
+        size = len(json.dumps(report, separators=(",", ":")))
+        assert size == pytest.approx(1000 * float(said), rel=0.15)
+
+
+def test_the_page_uses_options_that_the_example_has() -> None:
+    command = [sys.executable, example.__file__, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    calls = [*re.findall(r"(?:hub.py|felhom-hub) (--.*)", PAGE), "--interval", "--on-change"]
+    options = {option for call in calls for option in re.findall(r"--[a-z-]+", call)}
+    assert {"--keys", "--database"} < options <= set(re.findall(r"--[a-z-]+", shown))
+
+
+if __name__ == "__main__":
+    print(json.dumps(expected_lenient(), indent=2))
