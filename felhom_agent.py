@@ -9,9 +9,8 @@ than `systemctl is-active UNIT`.  The token secret is sent only to Proxmox and t
 the hub; both are masked in everything the agent prints.  The hub can change the interval (60 to
 3600 seconds) and, with Retry-After, postpone the next report by at most two hours; nothing else.
 
-Read it from top to bottom: each section uses only those above it.  `main` at the end picks the
-mode.  `Loop.cycle` is one heartbeat: `Collector.collect` builds the report, `HubClient.report`
-sends it.
+Each section uses only those above it.  `main` at the end picks the mode.  `Loop.cycle` is one
+heartbeat: `Collector.collect` builds the report, `HubClient.report` sends it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import dataclasses
 import errno
 import hashlib
 import http.client
-import ipaddress
 import json
 import logging
 import math
@@ -39,8 +37,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 __version__: Final = "0.3.0"
@@ -49,7 +47,7 @@ MIN_POLL_SECONDS: Final = 60
 MAX_POLL_SECONDS: Final = 3600
 FIRST_RETRY_SECONDS: Final = 15
 SYSTEMCTL_SECONDS: Final = 5
-# All calls of a collect together, as a multiple of proxmox.timeout_seconds.
+# For all calls of a collect together, in units of proxmox.timeout_seconds.
 COLLECT_TIMEOUTS: Final = 6
 # pvestatd refreshes /cluster/resources every 10 s; an older list is not believed.
 MAX_AGE_SECONDS: Final = 60
@@ -71,9 +69,7 @@ class ConfigError(Exception):
 
 
 class AgentError(Exception):
-    """A report could not be made or sent.  The message says what failed and how to mend it."""
-
-    retry_after: int | None = None
+    """A report could not be made or sent.  The message says what failed and what to do."""
 
 
 class TransportError(AgentError):
@@ -89,16 +85,11 @@ class HTTPError(AgentError):
         self.retry_after = retry_after
 
 
-def secret_forms(secret: str) -> tuple[str, ...]:
-    """Return the forms in which a secret is masked: as it is and in base64."""
-    encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
-    return (secret, encoded) if secret else ()
-
-
 def sanitize(text: str, secrets: Iterable[str] = (), maximum: int = 300) -> str:
     """Return `text` as one printable line of limited length, with the secrets masked."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
+    for secret in filter(None, secrets):
+        encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
+        text = text.replace(secret, "***").replace(encoded, "***")
     text = text if len(text) <= maximum else text[:maximum] + "…"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
@@ -127,12 +118,15 @@ class WarnOnce:
     def problem(self, topic: str, message: str, *, key: str = "", bug: bool = False) -> None:
         """Log a warning, or at debug level while `key` (by default the message) stays the same.
 
-        With `bug` the warning shows the traceback of the current exception.
+        An empty message means no problem.  `bug` adds the traceback of the current exception.
         """
-        known = self._current.get(topic) == (key or message)
-        self._current[topic] = key or message
-        level = logging.DEBUG if known else logging.WARNING
-        self._logger.log(level, "%s", message, exc_info=bug and not known)
+        if message:
+            is_new = self._current.get(topic) != (key or message)
+            level = logging.WARNING if is_new else logging.DEBUG
+            self._logger.log(level, "%s", message, exc_info=bug and is_new)
+            self._current[topic] = key or message
+        else:
+            self.resolved(topic)
 
     def resolved(self, topic: str, detail: str = "") -> None:
         """Log that the problem with `topic`, if there was one, is over."""
@@ -141,34 +135,6 @@ class WarnOnce:
 
 
 # ---- configuration -------------------------------------------------------------------------------
-
-
-def is_loopback(host: str | None) -> bool:
-    """Return whether `host` is localhost or a loopback address."""
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def check_url(url: str, form: str) -> str:
-    """Return the problem with a base URL of this form, or an empty string."""
-    if not url.isascii():
-        return "must be ASCII: write the host name as xn--…"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        # `port` raises ValueError above 65535.
-        valid = parts.hostname and parts.port != 0 and parts.scheme in ("http", "https")
-    except ValueError:
-        valid = False
-    # Not shown: people put secrets into user, password and query.
-    if not valid or not re.fullmatch(r"[^@?#%\s\x00-\x1f\x7f]+", url):
-        return f"must be {form}, without user, query and fragment" if url else "is required"
-    if parts.path.strip("/") and "path" not in form:
-        return f"must be {form}, got {url}"
-    if parts.scheme == "http" and not is_loopback(parts.hostname):
-        return f"must be https, got {url}"
-    return ""
 
 
 def clamp_poll(seconds: int) -> int:
@@ -209,11 +175,17 @@ class CloudflaredConfig:
     unit: str = "cloudflared.service"
 
 
+PORT: Final = r"(:[0-9]{1,5})?/?"
+PATH: Final = r"(:[0-9]{1,5})?(/[\w.~!$&'()*+,;=:/-]*)?"
+HOST: Final = r"https://([\w.-]+|\[[0-9A-Fa-f:.]+\])"
+LOOPBACK: Final = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 SECRET: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
 ABSOLUTE: Final = (r"(/.*)?", "an absolute path")
 TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "from 1 to 300")
+TYPES: Final = {str: "a string", int: "an integer", tuple: "a list of strings"}
 # What each value must match, and how to say so.  No value is shown: it may be a misplaced secret.
 FORMS: Final = {
+    "proxmox.url": (f"({HOST}|http://{LOOPBACK}){PORT}", "https://host[:port]"),
     "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
     "proxmox.token_id": (r"[!-.0-9;-~]+@[\w.-]+![\w.-]+", "user@realm!tokenname"),
     "proxmox.token_secret": SECRET,
@@ -221,13 +193,18 @@ FORMS: Final = {
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
     "proxmox.timeout_seconds": TIMEOUT,
     "proxmox.extras": (r"((qemu|storage|backups)(,|$))*", "a list of qemu, storage, backups"),
+    "hub.url": (
+        f"({HOST}|http://{LOOPBACK}){PATH}",
+        "https://host[:port][/path], in ASCII (xn--…)",
+    ),
     "hub.host_id": (
         r"(?!\s)[^\x00-\x1f\x7f\ud800-\udfff]{1,255}(?<!\s)",
         "1 to 255 characters, without spaces at the ends",
     ),
     "hub.api_key": SECRET,
-    "hub.ca_file": ABSOLUTE,
+    "hub.poll_seconds": (r"-?[0-9]+", "an integer"),
     "hub.timeout_seconds": TIMEOUT,
+    "hub.ca_file": ABSOLUTE,
     # Not a dash first: systemctl would take it for an option.
     "cloudflared.unit": (r"[\w:.@\\][\w:.@\\-]{0,254}", "the name of a systemd unit"),
 }
@@ -235,37 +212,27 @@ FORMS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration; `problems` names the values that had a wrong type, by key."""
+    """The whole configuration, and what is wrong with it by key; defaults replace wrong types."""
 
     proxmox: ProxmoxConfig
     hub: HubConfig
     cloudflared: CloudflaredConfig
-    problems: Mapping[str, str] = field(default_factory=dict)
+    problems: Mapping[str, str]
 
     def validate(self, *, hub: bool = True) -> None:
         """Raise ConfigError with every problem; without `hub` that section is ignored."""
-        problems = {
-            "proxmox.url": check_url(self.proxmox.url, "https://host[:port]"),
-            "hub.url": check_url(self.hub.url, "https://host[:port][/path]"),
-        }
-        for key, (pattern, expected) in FORMS.items():
-            section, _, name = key.partition(".")
-            value = getattr(getattr(self, section), name)
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            if not re.fullmatch(pattern, text, re.ASCII):
-                problems[key] = f"must be {expected}" if text else "is required"
-        problems.update(self.problems)
-        lines = [f"config: {key}: {problem}" for key, problem in problems.items() if problem]
-        lines = [line for line in lines if hub or not line.startswith("config: hub")]
-        if lines:
-            raise ConfigError("\n".join(lines))
+        problems = [f"config: {key}: {problem}" for key, problem in self.problems.items()]
+        problems = [line for line in problems if hub or not line.startswith("config: hub")]
+        if problems:
+            raise ConfigError("\n".join(problems))
 
     def redacted(self) -> dict[str, dict[str, object]]:
         """Return the configuration as a JSON object with the secrets masked."""
-        proxmox, hub = dataclasses.asdict(self.proxmox), dataclasses.asdict(self.hub)
-        proxmox["token_secret"] = "***" if self.proxmox.token_secret else ""
-        hub["api_key"] = "***" if self.hub.api_key else ""
-        return {"proxmox": proxmox, "hub": hub, "cloudflared": dataclasses.asdict(self.cloudflared)}
+        names = ("proxmox", "hub", "cloudflared")
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in names}
+        for section, key in (("proxmox", "token_secret"), ("hub", "api_key")):
+            sections[section][key] = "***" if sections[section][key] else ""
+        return sections
 
 
 def find_credential(environ: Mapping[str, str], name: str) -> str:
@@ -288,27 +255,24 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
     try:
         with open(path, encoding="utf-8-sig") as file:
             if os.fstat(file.fileno()).st_mode & 0o044 and path != credential:
-                LOG.warning("%s is readable by others; run: chmod 600 %s", shown, sanitize(path))
+                LOG.warning("%s: others can read it; run: chmod 600 %s", shown, sanitize(path))
             document = json.load(file)
     except FileNotFoundError:
         if named:
             hint = "felhom-agent.pyz --print=config prints an example"
             raise ConfigError(f"{shown}: no such file; {hint}") from None
-        LOG.info("%s does not exist, only the environment is read", shown)
+        LOG.info("%s: no such file, only the environment is read", shown)
     except (OSError, ValueError, RecursionError) as exc:
-        # Of JSON, line and column but no content.
+        # json says line and column, and quotes no content.
         raise ConfigError(f"{shown}: {getattr(exc, 'strerror', None) or exc}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{shown}: must be a JSON object")
+    for name in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
+        LOG.warning("config: unknown key %s is ignored", sanitize(name))
     problems: dict[str, str] = {}
-    # authz is reserved for signed operations: accepted, not read.
-    known = ("proxmox", "hub", "cloudflared", "authz")
-    for key in document.keys() - known:
-        LOG.warning("config: unknown key %s is ignored", sanitize(key))
-    for key in known:
-        if not isinstance(document.setdefault(key, {}), dict):
-            problems[key] = "must be an object"
-            document[key] = {}
+    # Reserved for signed operations: accepted, not read.
+    if not isinstance(document.get("authz", {}), dict):
+        problems["authz"] = "must be an object"
     proxmox = load_section(ProxmoxConfig(), "proxmox", document, environ, problems)
     hub = load_section(HubConfig(), "hub", document, environ, problems)
     cloudflared = load_section(CloudflaredConfig(), "cloudflared", document, environ, problems)
@@ -322,39 +286,43 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
 def load_section(
     defaults: T,
     section: str,
-    document: Mapping[str, dict[str, object]],
+    document: Mapping[str, Any],
     environ: Mapping[str, str],
     problems: dict[str, str],
 ) -> T:
-    """Return `defaults` with the values of file and environment; an empty value counts as unset."""
+    """Return `defaults` with the values of the file and the environment."""
     values: dict[str, Any] = dataclasses.asdict(defaults)  # type: ignore[call-overload]
-    given = document[section]
-    for key in given.keys() - values.keys():
-        LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(key))
-    for key, default in values.items():
-        value = given.get(key, "")
-        variable = f"FELHOM_AGENT_{section}_{key}".upper()
-        text = environ.get(variable, "")
-        if text and isinstance(default, tuple):
-            value = re.split(r"\s*,\s*", text.strip())
-        elif text and isinstance(default, str):
-            value = text
-        elif re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text):
-            value = int(text)
-        elif text:
-            LOG.warning("config: %s is not an integer and is ignored", variable)
-        if isinstance(value, list) and all(isinstance(word, str) for word in value):
-            value = tuple(value)
+    given = document.get(section, {})
+    if not isinstance(given, dict):
+        problems[section] = "must be an object"
+        given = {}
+    for name in given.keys() - values.keys():
+        LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
+    for name, default in values.items():
+        key, expected_type = f"{section}.{name}", type(default)
+        value = given.get(name, default)
+        variable = f"FELHOM_AGENT_{section}_{name}".upper()
+        if text := environ.get(variable, ""):
+            try:
+                value = text.split(",") if expected_type is tuple else expected_type(text)
+            except ValueError:
+                LOG.warning("config: %s is not an integer and is ignored", variable)
+        if isinstance(value, list):
+            value = tuple(str(word).strip() for word in value)
         # Not isinstance: True is an int.
-        if type(value) is not type(default) and value != "":
-            expected = {str: "a string", int: "an integer"}.get(type(default), "a list of strings")
-            problems[f"{section}.{key}"] = f"must be {expected}"
-        elif value != "":
-            values[key] = value
-    if "ca_file" in values:
+        if type(value) is not expected_type:
+            problems[key] = f"must be {TYPES[expected_type]}"
+            continue
         # The sandboxed service cannot see /etc/pve; systemd hands it the file as a credential.
-        credential = find_credential(environ, os.path.basename(values["ca_file"]))
-        values["ca_file"] = credential or values["ca_file"]
+        credential = find_credential(environ, os.path.basename(value)) if name == "ca_file" else ""
+        values[name] = credential or value
+        text = ",".join(value) if expected_type is tuple else str(value)
+        pattern, expected = FORMS[key]
+        if not re.fullmatch(pattern, text, re.ASCII):
+            problems[key] = f"must be {expected}" if text else "is required"
+            # Any other URL may have a secret in it.
+            if re.fullmatch(HOST + PATH, text.replace("http:", "https:"), re.ASCII):
+                problems[key] = f"must be https, got {text}"
     return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
 
 
@@ -539,10 +507,10 @@ def format_time(seconds: float | None = None) -> str:
 
 
 def build_host(node: str, status: object, entry: object) -> HostMetrics:
-    """Build the node's metrics from /nodes/NODE/status and its entry in /cluster/resources.
+    """Build the node's metrics from its status and its entry in /cluster/resources.
 
-    The entry has the CPU usage: in the status it covers only the time since the same API worker
-    was last asked, and is 0 the first time.  Exactly 0 means "not measured yet".
+    The entry has the CPU usage, 0 if not measured yet.  In the status it covers only the time since
+    the same API worker was last asked.
     """
     version = re.match(r"pve-manager/([^/\s]+)", get_text(status, "pveversion") or "")
     # Proxmox VE 8.0 has only `kversion`: "Linux 6.2.16-3-pve #1 SMP …".
@@ -570,10 +538,7 @@ def build_host(node: str, status: object, entry: object) -> HostMetrics:
 
 
 def build_guest(entry: object, config: object, cpu_count: int | None, *, old: bool) -> Guest:
-    """Build a guest from its entry in /cluster/resources and its configuration.
-
-    Without a configuration (None) its status is unknown; so it is if the entry is too `old`.
-    """
+    """Build a guest, unknown without a configuration (None) or if its entry is too `old`."""
     guest_type = get_text(entry, "type") or ""
     listed, configured = get_text(entry, "name"), {"lxc": "hostname", "qemu": "name"}[guest_type]
     status = get_text(entry, "status") if config is not None and not old else None
@@ -608,17 +573,14 @@ def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | N
 
 
 def parse_volume_size(volume: str) -> int | None:
-    """Return the size of a volume such as `local:100/vm-100-disk-0.raw,size=8G` in bytes.
-
-    None if it says none, as for a bind mount, or 0, as for some subvolumes.
-    """
+    """Return the bytes of `local:100/vm-100-disk-0.raw,size=8G`; None for a bind mount, or 0."""
     match = re.search(r",size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)(?:,|$)", volume)
     size = float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else 0
     return parse_int(int(size)) or None
 
 
 def build_storage(entry: object, *, old: bool) -> StorageTarget:
-    """Build a storage from its entry in /cluster/resources, which may be too `old`."""
+    """Build a storage, unknown if its entry is too `old`."""
     available = get_text(entry, "status") == "available" and not old
     return StorageTarget(
         storage=get_text(entry, "storage") or "",
@@ -636,8 +598,8 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
         value = reply.get(item.name)
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)
-        # Not isinstance: True is an int.
         expected = int if item.name in ("poll_interval_seconds", "desired_generation") else bool
+        # Not isinstance: True is an int.
         values[item.name] = value if type(value) is expected else None
     return ControlEnvelope(**values)
 
@@ -652,15 +614,13 @@ class PinMismatch(OSError):
 class Connection(http.client.HTTPSConnection):
     """An HTTPS connection that compares a pinned certificate before anything is sent."""
 
-    def __init__(self, *args: Any, fingerprint: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._create_connection = create_connection
-        self._fingerprint = fingerprint
+    fingerprint = ""
 
     def connect(self) -> None:
+        self._create_connection = create_connection
         super().connect()
         digest = hashlib.sha256(self.sock.getpeercert(True) or b"").hexdigest()
-        if self._fingerprint not in ("", digest):
+        if self.fingerprint not in ("", digest):
             self.close()
             raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
 
@@ -668,8 +628,7 @@ class Connection(http.client.HTTPSConnection):
 def create_connection(*args: Any) -> socket.socket:
     """Connect to the first address that answers, or raise the failure that says most.
 
-    socket.create_connection raises the last one, often "Network is unreachable" for IPv6 where the
-    first says "Connection refused".
+    socket.create_connection raises the last: for IPv6 often "Network is unreachable".
     """
     vague = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
     try:
@@ -689,15 +648,12 @@ def build_context(key: str, ca_file: str) -> ssl.SSLContext:
     """Return a context that checks chain and host name.  Raises ConfigError.
 
     Unlike ssl.create_default_context it reads no SSLKEYLOGFILE, and does not set
-    VERIFY_X509_STRICT on Python 3.13: most CAs that Proxmox made before March 2026 fail that.
+    VERIFY_X509_STRICT on Python 3.13, which most CAs made by Proxmox before March 2026 fail.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        if ca_file:
-            context.load_verify_locations(ca_file)
-        else:
-            context.load_default_certs()
+        context.load_verify_locations(ca_file) if ca_file else context.load_default_certs()
     except OSError as exc:
         problem = "no PEM certificate in it" if isinstance(exc, ssl.SSLError) else exc.strerror
         raise ConfigError(f"config: {key}: {sanitize(ca_file)}: {problem}") from None
@@ -709,33 +665,23 @@ def expire(*_: object) -> None:
     raise TimeoutError("timed out")
 
 
-def describe(exc: Exception) -> str:
-    """Return what went wrong, in the words of OpenSSL, the resolver or the kernel."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"certificate refused: {exc.verify_message}"
-    if isinstance(exc, ssl.SSLError):
-        return f"TLS failed: {(exc.reason or str(exc)).replace('_', ' ').lower()}"
-    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-
-
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
-    # For messages: the section of the configuration, the server, and where it says what is wrong.
-    section = server = log = ""
-    certificate_hint = ca_hint = ""
+    # The section of the configuration; the server; where that says what is wrong.
+    section = server = log = certificate_hint = ca_hint = ""
     # What to do about an error status.
     hints: Mapping[int, str]
     max_bytes = 0
-    # On the clock of time.monotonic.
+    # The end of the cycle, on the clock of time.monotonic.
     deadline = math.inf
 
     def __init__(self, config: ProxmoxConfig | HubConfig, authorization: str, secret: str) -> None:
-        self.url = urllib.parse.urlsplit(config.url)
-        self.address = self.url.netloc
+        self.url = config.url.rstrip("/")
+        self.address = urllib.parse.urlsplit(config.url).netloc
         self.timeout_seconds = config.timeout_seconds
         self.context = build_context(f"{self.section}.ca_file", config.ca_file)
-        self.secrets = secret_forms(secret)
+        self.secret = secret
         self.headers = {
             "Authorization": authorization,
             "Accept": "application/json",
@@ -746,14 +692,10 @@ class Client:
         """Send a request and return the response, its body unread."""
         raise NotImplementedError
 
-    def parse(self, response: http.client.HTTPResponse, content: bytes) -> Any:
-        """Return the decoded body.  Raises ValueError, LookupError or TypeError."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Close what is kept open."""
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> Any:
+    def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Send a request and return the decoded response.  Raises TransportError or HTTPError."""
         operation = f"{method} {path}"
         limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
@@ -776,52 +718,63 @@ class Client:
                         content += piece
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except (OSError, http.client.HTTPException, ValueError) as exc:
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as exc:
             self.close()
             # urllib.request wraps what happens before the response.
             wrapped = exc.reason if isinstance(exc, urllib.error.URLError) else None
             cause = wrapped if isinstance(wrapped, Exception) else exc
-            problem, hint = self.clean(describe(cause)), self.failure_hint(cause)
+            problem = self.clean(str(cause) or type(cause).__name__)
+            hint = self.failure_hint(cause, limit)
             # "from None": the cause may quote what the server sent.
             raise TransportError(f"{operation}: {self.address}: {problem}; {hint}") from None
         if not 200 <= response.status < 300:
             self.close()
-            raise self._http_error(operation, path, response)
+            raise self._http_error(operation, response)
         try:
-            if len(content) > self.max_bytes:
-                raise ValueError(f"it is longer than {self.max_bytes} bytes")
             return self.parse(response, content)
-        except (ValueError, LookupError, TypeError, RecursionError) as exc:
+        except (ValueError, RecursionError) as exc:
             self.close()
-            raise self.unexpected(f"{operation}: {response.status}", str(exc)) from None
+            raise self.unexpected(operation, str(exc), response.status) from None
+
+    def parse(self, response: http.client.HTTPResponse, content: bytes) -> dict[str, Any]:
+        """Return the JSON object in a response.  Raises ValueError."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if len(content) > self.max_bytes:
+            raise ValueError(f"it is longer than {self.max_bytes} bytes")
+        if encoding != "identity":
+            raise ValueError(f"it is compressed ({encoding}), and nobody asked for that")
+        # Some web servers answer an empty 200 to every path that they do not know; 204 says so.
+        if not content and response.status != 204:
+            raise ValueError("it is empty")
+        text = content.decode("utf-8-sig") or "{}"
+        # What Proxmox says of a guest goes on to the hub.  A short secret would match by chance.
+        reply = json.loads(text.replace(self.secret, "***") if len(self.secret) > 7 else text)
+        if not isinstance(reply, dict):
+            raise ValueError("it is not a JSON object")
+        return reply
 
     def clean(self, text: str) -> str:
-        """Return text of the server as it may be shown."""
-        return sanitize(text, self.secrets)
+        """Return what the server said as it may be shown."""
+        return sanitize(text, [self.secret])
 
-    def unexpected(self, operation: str, problem: str) -> TransportError:
+    def unexpected(self, operation: str, problem: str, status: int = 200) -> TransportError:
         """Return the error for a response that this server would not send."""
-        reply = f"but the reply is not {self.server}'s: {self.clean(problem)}"
-        return TransportError(f"{operation}, {reply}; check {self.section}.url")
+        reply = f"{operation}: {status}, but the reply is not {self.server}'s"
+        return TransportError(f"{reply}: {self.clean(problem)}; check {self.section}.url")
 
-    def _http_error(
-        self, operation: str, path: str, response: http.client.HTTPResponse
-    ) -> HTTPError:
+    def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
         status = self.clean(f"{response.status} {response.reason}".rstrip())
         hint = self.hints.get(response.status, f"check {self.log}")
         if 300 <= response.status < 400:
-            target = response.headers.get("Location", "")
-            status += f" to {self.clean(target)}"
-            base, found, _ = urllib.parse.urljoin(self.url.geturl(), target).partition(path)
-            hint = "the server must answer under this path itself, without redirect or login page"
-            if found and base.rstrip("/") != self.url.geturl().rstrip("/"):
-                hint = f"redirects are not followed, set {self.section}.url to {self.clean(base)}"
-        seconds = response.headers.get("Retry-After", "")
-        retry_after = int(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None
+            status += f" to {self.clean(response.headers.get('Location', 'nowhere'))}"
+            rule = f"{self.server} must answer under this path itself (https, no login page)"
+            hint = f"redirects are not followed, {rule}; check {self.section}.url"
+        wait = response.headers.get("Retry-After", "")
+        retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
         return HTTPError(message, status=response.status, retry_after=retry_after)
 
-    def failure_hint(self, exc: Exception) -> str:
+    def failure_hint(self, exc: Exception, limit: str) -> str:
         """Return what to do about a request that got no response."""
         url = f"{self.section}.url"
         match exc:
@@ -840,7 +793,6 @@ class Client:
                 tls = "the server must speak TLS 1.2 or 1.3 and demand no client certificate"
                 return f"check host and port in {url}; {tls}"
             case TimeoutError():
-                limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
                 return f"check {self.log}, the network and the name servers, or raise {limit}"
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
@@ -863,10 +815,7 @@ class ProxmoxClient(Client):
     def __init__(self, config: ProxmoxConfig) -> None:
         authorization = f"PVEAPIToken={config.token_id}={config.token_secret}"
         super().__init__(config, authorization, config.token_secret)
-        self.node = config.node
-        self.token_id = config.token_id
-        self.extras = config.extras
-        self.collect_seconds = COLLECT_TIMEOUTS * config.timeout_seconds
+        self.node, self.token_id, self.extras = config.node, config.token_id, config.extras
         user = config.token_id.partition("!")[0]
         # A token with privilege separation has only the privileges that its user has too.
         self.grant = (
@@ -885,36 +834,22 @@ class ProxmoxClient(Client):
             # pveproxy's own, for what it passes on.
             **dict.fromkeys(range(595, 600), other_node),
         }
-        fingerprint = config.fingerprint.replace(":", "").lower()
-        if fingerprint:
+        self._connection: http.client.HTTPConnection
+        # http is for loopback addresses only, see FORMS.
+        if self.url.startswith("http:"):
+            self._connection = http.client.HTTPConnection(self.address)
+        else:
+            self._connection = connection = Connection(self.address, context=self.context)
+            connection.fingerprint = config.fingerprint.replace(":", "").lower()
+        if config.fingerprint:
             # It replaces the check of chain and host name.
             self.context.check_hostname = False
             self.context.verify_mode = ssl.CERT_NONE
-        self._connection: http.client.HTTPConnection = Connection(
-            self.url.netloc, context=self.context, fingerprint=fingerprint
-        )
-        # check_url allows http for a loopback address only.
-        if self.url.scheme == "http":
-            self._connection = http.client.HTTPConnection(self.url.netloc)
-
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        """Limit all requests within to `collect_seconds`; close the connection at the end.
-
-        pveproxy closes an idle connection after 5 s, so none is kept from cycle to cycle.
-        """
-        self.deadline = time.monotonic() + self.collect_seconds
-        try:
-            yield
-        finally:
-            self.deadline = math.inf
-            self.close()
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        """Send a request over the kept connection: a TLS handshake costs six times the call.
+        """Send a request over a kept connection: a TLS handshake costs six times the call.
 
-        The server may close that at any time; then it is replaced, once.  Only GET is ever sent,
-        so nothing is done twice.
+        The server may close it at any time; then it is replaced, once, since GET is safe to repeat.
         """
         reused = self._connection.sock is not None
         try:
@@ -926,21 +861,14 @@ class ProxmoxClient(Client):
                 raise
         return self.send(method, path, body)
 
-    def parse(self, response: http.client.HTTPResponse, content: bytes) -> Any:
-        text = content.decode()
-        # What Proxmox says of a guest goes on to the hub.
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return json.loads(text)["data"]
-
     def close(self) -> None:
         self._connection.close()
 
     def get(self, path: str, expected: type[T]) -> T:
         """Return `data` of a response, a list or dict as expected.  Raises AgentError."""
-        data = self.request("GET", path)
+        data = self.request("GET", path).get("data")
         if not isinstance(data, expected):
-            raise self.unexpected(f"GET {path}: 200", f"data is {type(data).__name__}")
+            raise self.unexpected(f"GET {path}", f"data is {type(data).__name__}")
         return data
 
     def version(self) -> str | None:
@@ -948,19 +876,18 @@ class ProxmoxClient(Client):
         return get_text(self.get("/version", dict), "version")
 
     def permissions(self, path: str = "") -> Mapping[str, object]:
-        """Return path → privilege → 1 if it holds below that path too, else 0.
+        """Return path → privilege → 1 if it also holds below the path, else 0.
 
-        With `path` (`pvesh get /access/permissions --path PATH`) the answer is exact; without, it
-        has every path that grants something, but not what others inherit from it.
+        `pvesh get /access/permissions --path PATH`; only with a path does it say what is inherited.
         """
         return self.get("/access/permissions" + (f"?path={path}" if path else ""), dict)
 
     def resources(self) -> list[dict[str, object]]:
-        """Return this node's entries in `pvesh get /cluster/resources`: node, guests, storages.
+        """Return this node's entries in `pvesh get /cluster/resources`, sorted by vmid.
 
-        Guests without VM.Audit and storages without Datastore.Audit are missing.  pveproxy answers
-        this itself; /nodes/NODE/lxc would cost pvedaemon 15 to 22 ms of CPU for each running
-        container, and one that hangs would hold one of its three workers for good.
+        Guests need VM.Audit, storages Datastore.Audit.  pveproxy answers this itself, where
+        /nodes/NODE/lxc costs pvedaemon 15 to 22 ms of CPU for each running container, and one that
+        hangs holds one of its three workers for good.
         """
         path = "/cluster/resources"
         entries = [entry for entry in self.get(path, list) if isinstance(entry, dict)]
@@ -968,7 +895,12 @@ class ProxmoxClient(Client):
         if self.node not in nodes:
             hint = f"set proxmox.node to one of (case-sensitive): {self.clean(', '.join(nodes))}"
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
-        return [entry for entry in entries if entry.get("node") == self.node]
+        entries = [entry for entry in entries if entry.get("node") == self.node]
+        guests = [entry for entry in entries if entry.get("type") in ("lxc", "qemu")]
+        # To leave one out would claim that it does not exist.
+        if not all(100 <= (get_int(guest, "vmid") or 0) <= 999_999_999 for guest in guests):
+            raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
+        return sorted(entries, key=lambda entry: get_int(entry, "vmid") or 0)
 
     def list_lxc(self) -> list[dict[str, object]]:
         """Return this node's containers in /cluster/resources."""
@@ -979,16 +911,13 @@ class ProxmoxClient(Client):
         return self.get(f"/nodes/{self.node}/status", dict)
 
     def guest_config(self, vmid: int, guest_type: str = "lxc") -> Mapping[str, object]:
-        """Return `pvesh get /nodes/NODE/TYPE/VMID/config --current 1` (VM.Audit on /vms/VMID).
-
-        Without `current` pending changes would be mixed in.
-        """
+        """Return `pvesh get /nodes/NODE/TYPE/VMID/config --current 1` (VM.Audit on /vms/VMID)."""
         return self.get(f"/nodes/{self.node}/{guest_type}/{vmid}/config?current=1", dict)
 
     def backups(self, storage: str) -> list[Backup]:
         """Return the newest backup of each guest on a storage (Datastore.Audit on it).
 
-        A dry run of pruning is the only call that shows backups to a token that can only read:
+        Only a dry run of pruning shows backups to a token that can only read:
         `pvesh get /nodes/NODE/storage/STORAGE/prunebackups --prune-backups keep-all=1`.
         """
         name = urllib.parse.quote(storage, safe="")
@@ -1002,7 +931,7 @@ class ProxmoxClient(Client):
             volid = get_text(entry, "volid") or ""
             # Up to 2106; strftime cannot do every integer.
             if not (vmid and volid and 0 < created < 2**32):
-                raise self.unexpected(f"GET {path}: 200", "a backup without guest, name or date")
+                raise self.unexpected(f"GET {path}", "a backup without guest, name or date")
             newest[vmid] = max(newest.get(vmid, (0, "")), (created, volid))
         unread: dict[str, Any] = {"size_bytes": None, "verified": None}
         return [
@@ -1066,48 +995,46 @@ def notify_status(status: str, watchdog_seconds: float) -> None:
 # ---- collector -----------------------------------------------------------------------------------
 
 
+@dataclass
 class Collector:
     """Reads the node once and builds the report."""
 
-    def __init__(
-        self,
-        proxmox: ProxmoxClient,
-        cloudflared: CloudflaredProber,
-        *,
-        host_id: str,
-        agent_version: str,
-        logger: logging.Logger,
-    ) -> None:
-        self.proxmox = proxmox
-        self._cloudflared = cloudflared
-        self._host_id = host_id
-        self._agent_version = agent_version
-        self._logger = logger
-        self._warn = WarnOnce(logger)
-        self._guest_types = ("lxc", "qemu") if "qemu" in proxmox.extras else ("lxc",)
+    proxmox: ProxmoxClient
+    cloudflared: CloudflaredProber
+    _: KW_ONLY
+    host_id: str
+    agent_version: str
+    logger: logging.Logger
+
+    def __post_init__(self) -> None:
+        self._warn = WarnOnce(self.logger)
+        extras = self.proxmox.extras
+        self._guest_types = ("lxc", "qemu") if "qemu" in extras else ("lxc",)
         # A backup is on a storage, so backups bring storages along.
-        self._reads_storages = bool({"storage", "backups"} & set(proxmox.extras))
+        self._storage_types = ("storage",) if {"storage", "backups"} & set(extras) else ()
 
     def collect(self, *, thorough: bool = False) -> HostReport:
-        """Return the report; `thorough` also judges the token by all it may do elsewhere.
+        """Return the report.  Raises AgentError if node or guest list cannot be read.
 
-        Raises AgentError if the list or the node's status cannot be read: a report without guests
-        would claim that there are none.
+        `thorough` also judges the token by what it may do elsewhere.
         """
-        with self.proxmox.session():
+        seconds = COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
+        self.proxmox.deadline = time.monotonic() + seconds
+        # pveproxy closes an idle connection after 5 s, so none is kept from cycle to cycle.
+        with contextlib.closing(self.proxmox):
             resources = self.proxmox.resources()
             status = self.proxmox.node_status()
             node = next(entry for entry in resources if entry.get("type") == "node")
-            storages = [entry for entry in resources if entry.get("type") == "storage"]
-            entries = self._find_guests(resources)
-            self._check_token(entries, storages, thorough=thorough)
-            old = self._check_age(status, node, entries)
+            listed = [entry for entry in resources if entry.get("type") in self._guest_types]
+            storages = [entry for entry in resources if entry.get("type") in self._storage_types]
+            self._check_token(listed, storages, thorough=thorough)
+            old = self._check_age(status, node, listed)
             host = build_host(self.proxmox.node, status, None if old else node)
-            guests = self._read_guests(entries, host.cpu_count, old=old)
+            guests = self._read_guests(listed, host.cpu_count, old=old)
             targets, backups = self._read_storages(storages, old=old)
         return HostReport(
-            host_id=self._host_id,
-            agent_version=self._agent_version,
+            host_id=self.host_id,
+            agent_version=self.agent_version,
             reported_at=format_time(),
             host=host,
             guests=guests,
@@ -1116,71 +1043,52 @@ class Collector:
             backups=backups,
         )
 
-    def _find_guests(self, resources: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-        guests: dict[int, dict[str, object]] = {}
-        for entry in resources:
-            if entry.get("type") in self._guest_types:
-                vmid = get_int(entry, "vmid") or 0
-                # To leave it out would claim that it does not exist.
-                if not 100 <= vmid <= 999_999_999:
-                    where = "GET /cluster/resources: 200"
-                    raise self.proxmox.unexpected(where, "a guest without a valid vmid")
-                guests[vmid] = entry
-        return [guests[vmid] for vmid in sorted(guests)]
-
     def _check_token(
         self, guests: Sequence[object], storages: Sequence[object], *, thorough: bool
     ) -> None:
         """Warn if the token may not see everything, or may do more than read.
 
-        Proxmox leaves out what the token may not see, and does not say so.  Raises AgentError if
-        that can be why there are no guests or no storages.
+        Proxmox silently leaves out what it may not see.  Raises AgentError if that can be why
+        nothing is listed.
         """
-        needed: dict[str, tuple[str, Sequence[object]]] = {"/vms": ("VM.Audit", guests)}
-        if self._reads_storages:
+        needed = {"/vms": ("VM.Audit", guests)}
+        if self._storage_types:
             needed["/storage"] = ("Datastore.Audit", storages)
-        granted: set[str] = set()
         # Without Sys.Audit on the node, its status could not have been read.
-        for path in [*needed, f"/nodes/{self.proxmox.node}", *([""] if thorough else [])]:
-            reply = self.proxmox.permissions(path)
-            granted.update(*(value for value in reply.values() if isinstance(value, dict)))
-            privilege, listed = needed.get(path, ("", ()))
-            # 0 means that it holds for the path itself, not for what is below.
-            if not privilege or lookup(reply, path, privilege):
-                self._warn.resolved(f"{privilege} on {path}")
-                continue
-            lacks = f"token {self.proxmox.token_id} does not have {privilege} on {path}"
-            problem = f"{lacks}, so the list may not be complete; {self.proxmox.grant}"
-            if not listed:
-                raise AgentError(problem)
-            self._warn.problem(f"{privilege} on {path}", problem)
-        excess = ", ".join(sorted(name for name in granted if not name.endswith(".Audit")))
-        if excess:
-            can = f"token {self.proxmox.token_id} can do more than read: {sanitize(excess)}"
-            hint = "leave it only the role PVEAuditor of those that pveum acl list shows"
-            self._warn.problem("excess privileges", f"{can}; {hint}")
-        else:
-            self._warn.resolved("excess privileges")
+        paths = [*needed, f"/nodes/{self.proxmox.node}", *([""] if thorough else [])]
+        replies = {path: self.proxmox.permissions(path) for path in paths}
+        token = f"token {self.proxmox.token_id}"
+        for path, (privilege, listed) in needed.items():
+            topic, problem = f"{privilege} on {path}", ""
+            # 0 would hold for the path itself, not for what is below.
+            if not lookup(replies[path], path, privilege):
+                problem = f"{token} lacks {topic}, so entries may be missing; {self.proxmox.grant}"
+                if not listed:
+                    raise AgentError(problem)
+            self._warn.problem(topic, problem)
+        granted = [names for reply in replies.values() for names in reply.values()]
+        found = {name for names in granted if isinstance(names, dict) for name in names}
+        excess = sanitize(", ".join(sorted(name for name in found if not name.endswith(".Audit"))))
+        hint = "leave it only the role PVEAuditor of those that pveum acl list shows"
+        problem = f"{token} can do more than read: {excess}; {hint}" if excess else ""
+        self._warn.problem("excess privileges", problem)
 
     def _check_age(self, status: object, node: object, guests: Iterable[object]) -> bool:
         """Return whether the list is too old to believe; warn if pvestatd does not refresh it.
 
-        Proxmox repeats pvestatd's last values for 5 minutes as if they were true.  Then everything
-        is listed as unknown, the node without an uptime.
+        Proxmox repeats its last values for 5 minutes as if they were true, then says unknown.
         """
         now, then = get_int(status, "uptime"), get_int(node, "uptime")
         age = now - then if now is not None and then is not None else -1
         old = not 0 <= age <= MAX_AGE_SECONDS
+        problem = ""
         if old or {lookup(guest, "status") for guest in guests} == {"unknown"}:
             since = f"for {age} s" if age > MAX_AGE_SECONDS else "for 5 minutes or since its start"
-            self._warn.problem(
-                "pvestatd",
+            problem = (
                 f"pvestatd has not reported {since}, so guests and storages are unknown; check "
-                "systemctl status pvestatd (mostly, a storage does not answer)",
-                key="unknown",
+                "systemctl status pvestatd (the usual cause: a storage that does not answer)"
             )
-        else:
-            self._warn.resolved("pvestatd")
+        self._warn.problem("pvestatd", problem, key="unknown")
         return old
 
     def _read_guests(
@@ -1193,60 +1101,51 @@ class Collector:
                 config = self.proxmox.guest_config(vmid, str(entry.get("type")))
             except AgentError as exc:
                 failures.append((vmid, str(exc)))
-            if entry.get("status") == "unknown":
-                self._logger.debug("guest %d is listed as unknown", vmid)
             guests.append(build_guest(entry, config, cpu_count, old=old))
+        problem = ""
         if failures:
             vmids = ", ".join(str(vmid) for vmid, _ in failures[:10]) + ", …" * (len(failures) > 10)
             count = f"{len(failures)} of {len(entries)} guests are unknown ({vmids})"
-            self._warn.problem("guests", f"{count}: {failures[0][1]}")
-        else:
-            self._warn.resolved("guests")
+            problem = f"{count}: {failures[0][1]}"
+        self._warn.problem("guests", problem)
         return tuple(guests)
 
     def _read_storages(
         self, entries: Iterable[object], *, old: bool
     ) -> tuple[tuple[StorageTarget, ...], tuple[Backup, ...]]:
-        """Return storages and newest backups; without its backups a storage is unknown.
+        """Return storages and newest backups; a storage whose backups cannot be read is unknown.
 
-        pvedaemon lists backups, and a storage that hangs holds one of its three workers.  So only
-        storages are asked that pvestatd has just found available.
+        pvedaemon lists them, and a storage that hangs holds one of its three workers for good; so
+        only what pvestatd has just found available is asked.
         """
         targets: list[StorageTarget] = []
         backups: list[Backup] = []
         failures = []
-        for entry in entries if self._reads_storages else ():
+        for entry in entries:
             target = build_storage(entry, old=old)
-            contents = (get_text(entry, "content") or "").split(",")
+            holds_backups = "backup" in (get_text(entry, "content") or "").split(",")
             # A Proxmox Backup Server has its own API, and its own token.
-            is_asked = (
-                target.status == "available" and "backup" in contents and target.type != "pbs"
-            )
-            if is_asked and "backups" in self.proxmox.extras:
-                try:
+            is_asked = holds_backups and target.status == "available" and target.type != "pbs"
+            try:
+                if is_asked and "backups" in self.proxmox.extras:
                     backups += self.proxmox.backups(target.storage)
-                except AgentError as exc:
-                    failures.append(f"storage {target.storage} is unknown: {exc}")
-                    target = build_storage(entry, old=True)
+            except AgentError as exc:
+                failures.append(f"storage {target.storage} is unknown: {exc}")
+                target = build_storage(entry, old=True)
             targets.append(target)
-        if failures:
-            self._warn.problem("backups", "; ".join(failures))
-        else:
-            self._warn.resolved("backups")
-        return (
-            tuple(sorted(targets, key=lambda target: target.storage)),
-            tuple(sorted(backups, key=lambda backup: (backup.vmid, backup.storage))),
-        )
+        self._warn.problem("backups", "; ".join(failures))
+        targets.sort(key=lambda target: target.storage)
+        backups.sort(key=lambda backup: (backup.vmid, backup.storage))
+        return tuple(targets), tuple(backups)
 
     def _probe(self) -> str:
+        state, problem = "unknown", ""
         try:
-            state = self._cloudflared.probe()
+            state = self.cloudflared.probe()
         except Exception as exc:
             # No prober may stop the heartbeat.
-            reason = sanitize(str(exc) or type(exc).__name__)
-            self._warn.problem("cloudflared.status", f"cloudflared.status is unknown: {reason}")
-            return "unknown"
-        self._warn.resolved("cloudflared.status")
+            problem = f"cloudflared.status is unknown: {sanitize(str(exc) or type(exc).__name__)}"
+        self._warn.problem("cloudflared.status", problem)
         return state
 
 
@@ -1264,35 +1163,36 @@ class HubClient(Client):
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
         super().__init__(config, f"Bearer {config.api_key}", config.api_key)
         self.headers["Content-Type"] = "application/json"
+        key = "check hub.api_key and hub.host_id"
+        path = f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub is running"
         gateway = "the web server in front of the hub cannot reach it"
         self.hints = {
-            401: "check hub.api_key and hub.host_id",
-            403: "check hub.api_key and hub.host_id",
-            404: f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub runs",
-            405: f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub runs",
+            401: key,
+            403: key,
+            404: path,
+            405: path,
             413: "let the hub, and the web server in front of it, accept 4 MiB",
             429: "the hub asks the agent to wait",
             # 520 to 526 are Cloudflare's.
             **dict.fromkeys((502, 503, 504, *range(520, 527)), gateway),
         }
-        self._base = config.url.rstrip("/")
         self._logger = logger
         self._warn = WarnOnce(logger)
         # urllib.request.build_opener would add a handler that follows redirects.
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.HTTPHandler())
         self._opener.add_handler(HTTPSHandler(context=self.context))
-        proxy = urllib.request.getproxies().get("https", "")
-        bypass = urllib.request.proxy_bypass(self.url.netloc) or is_loopback(self.url.hostname)
+        proxy, host = urllib.request.getproxies().get("https", ""), self.address
+        bypass = urllib.request.proxy_bypass(host) or re.fullmatch(LOOPBACK + PORT, host)
         self._is_proxied = bool(proxy and not bypass)
         if self._is_proxied:
-            # With any other scheme the password would go to the proxy unencrypted all the same.
+            # To any other scheme the password would go unencrypted all the same.
             form = r"http://([^@/:\s]+(:[^@/\s]*)?@)?([^@/\s]*[^@/:\s]:[0-9]{1,5})/?"
             match = re.fullmatch(form, proxy)
             if not match:
                 expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
                 raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
-            self.address = f"{self.url.netloc} through the proxy {match[3]}"
+            self.address = f"{host} through the proxy {match[3]}"
             self._opener.add_handler(urllib.request.ProxyHandler())
 
     def report(self, report: HostReport) -> ControlEnvelope:
@@ -1301,36 +1201,20 @@ class HubClient(Client):
         envelope = build_envelope(reply)
         self._logger.debug("%s", envelope)
         name = "poll_interval_seconds"
-        if name in reply and envelope.poll_interval_seconds is None:
-            self._warn.problem(name, f"the hub's {name} is not an integer and is ignored")
-        else:
-            self._warn.resolved(name)
+        ignored = name in reply and envelope.poll_interval_seconds is None
+        problem = f"the hub's {name} is not an integer and is ignored" if ignored else ""
+        self._warn.problem(name, problem)
         return envelope
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self._base + path, body, self.headers, method=method)
+        request = urllib.request.Request(self.url + path, body, self.headers, method=method)
         response: http.client.HTTPResponse = self._opener.open(request)
         return response
 
-    def parse(self, response: http.client.HTTPResponse, content: bytes) -> Any:
-        # 204 No Content
-        if response.status == 204:
-            return {}
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":
-            raise ValueError(f"it is compressed ({encoding}), and nobody asked for that")
-        # Some web servers answer an empty 200 to every path that they do not know.
-        if not content:
-            raise ValueError("it is empty")
-        reply = json.loads(content.decode("utf-8-sig"))
-        if not isinstance(reply, dict):
-            raise TypeError("it is not a JSON object")
-        return reply
-
-    def failure_hint(self, exc: Exception) -> str:
+    def failure_hint(self, exc: Exception, limit: str) -> str:
         if not self._is_proxied or isinstance(exc, ssl.SSLError):
-            return super().failure_hint(exc)
-        # http.client tells the proxy's status only in its message.
+            return super().failure_hint(exc, limit)
+        # Only the message has the proxy's status.
         match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
         status = match[1] if match else ""
         if status == "407":
@@ -1346,84 +1230,70 @@ class HubClient(Client):
 def retry_delay(interval: float, failures: int, retry_after: int | None, fraction: float) -> float:
     """Return how many seconds to wait after `failures` in a row.
 
-    15, 60, 240, … seconds, at most the interval, shortened at random by up to half; or what
-    Retry-After says, at most an hour, lengthened at random up to twofold, so that agents which
-    were told the same do not return together.  `fraction` is a random number from 0 to 1.
+    15, 60, 240, … at most the interval, times 0.5 to 1; or Retry-After, at most an hour, times 1
+    to 2.  The random `fraction` (0 to 1) keeps agents from returning together.
     """
     if retry_after:
         return min(retry_after, MAX_POLL_SECONDS) * (1 + fraction)
     return min(interval, FIRST_RETRY_SECONDS * 4.0 ** min(failures - 1, 6)) * (0.5 + fraction / 2)
 
 
+@dataclass
 class Loop:
     """Collects and reports for ever; clock, wait, random numbers and systemd are handed in."""
 
-    def __init__(
-        self,
-        collector: Collector,
-        client: HubClient,
-        interval: float,
-        *,
-        logger: logging.Logger,
-        clock: Callable[[], float] = time.monotonic,
-        wait: Callable[[float], None] = time.sleep,
-        fraction: Callable[[], float] = random.random,
-        notify: Callable[[str, float], None] = notify_status,
-    ) -> None:
-        self.interval = interval
-        self._collector, self._client, self._logger = collector, client, logger
-        self._clock, self._wait, self._fraction, self._notify = clock, wait, fraction, notify
-        self._warn = WarnOnce(logger)
+    collector: Collector
+    client: HubClient
+    interval: float
+    _: KW_ONLY
+    logger: logging.Logger
+    clock: Callable[[], float] = time.monotonic
+    wait: Callable[[float], None] = time.sleep
+    fraction: Callable[[], float] = random.random
+    notify: Callable[[str, float], None] = notify_status
+
+    def __post_init__(self) -> None:
+        self._warn = WarnOnce(self.logger)
         self._failures = 0
-        self._failing_since = 0.0
 
     def run(self, cycles: float = math.inf) -> None:
         """Run the first cycle at once and each further one when it is due."""
         while cycles > 0:
             cycles -= 1
             delay, status = self.cycle()
-            self._notify(f"{status}; next in {delay:.0f} s", delay)
-            self._wait(delay)
+            self.notify(f"{status}, next in {delay:.0f} s", delay)
+            self.wait(delay)
 
     def cycle(self) -> tuple[float, str]:
         """Collect and send one report; return the seconds to wait, and how it went."""
-        began = self._clock()
+        began = self.clock()
         try:
-            report = self._collector.collect()
-            requested = self._client.report(report).poll_interval_seconds
+            report = self.collector.collect()
+            requested = self.client.report(report).poll_interval_seconds
         except Exception as exc:
-            return self._fail(began, exc)
-        lasted = self._clock() - self._failing_since
-        self._warn.resolved("report", f", after {self._failures} failures in {lasted:.0f} s")
+            return self._fail(exc)
+        self._warn.resolved("report", f", accepted after {self._failures} failures")
         self._failures = 0
-        self._logger.debug("report accepted, %d guests", len(report.guests))
+        self.logger.debug("report accepted, %d guests", len(report.guests))
         if requested is not None:
             self._set_interval(requested)
         accepted = f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
-        return max(0.0, began + self.interval - self._clock()), accepted
+        return max(0.0, began + self.interval - self.clock()), accepted
 
-    def _fail(self, began: float, exc: Exception) -> tuple[float, str]:
+    def _fail(self, exc: Exception) -> tuple[float, str]:
         # A bug must not stop the heartbeat either: the next cycle may do better.
         bug = not isinstance(exc, AgentError)
         text = f"bug in the agent, please report it: {type(exc).__name__}" if bug else str(exc)
-        self._failing_since = self._failing_since if self._failures else began
         self._failures += 1
         self._warn.problem("report", text, bug=bug)
         retry_after = getattr(exc, "retry_after", None)
-        delay = retry_delay(self.interval, self._failures, retry_after, self._fraction())
-        return delay, f"{self._failures} failed in a row, the last: {text}"
+        delay = retry_delay(self.interval, self._failures, retry_after, self.fraction())
+        return delay, f"{self._failures} failed in a row: {sanitize(text, maximum=200)}"
 
     def _set_interval(self, requested: int) -> None:
         interval = clamp_poll(requested)
-        if interval != requested:
-            text = (
-                f"the hub asks for an interval of {requested} s, which is limited to {interval} s"
-            )
-            self._warn.problem("requested interval", text)
-        else:
-            self._warn.resolved("requested interval")
         if interval != self.interval:
-            self._logger.info("interval is now %d s, it was %d s", interval, self.interval)
+            self.logger.info("interval is now %d s, the hub asked for %d s", interval, requested)
             self.interval = interval
 
 
@@ -1456,8 +1326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hub = None
     try:
         config = load_config(arguments.config, os.environ)
-        secrets = (config.proxmox.token_secret, config.hub.api_key)
-        formatter.secrets = tuple(form for secret in secrets for form in secret_forms(secret))
+        formatter.secrets = (config.proxmox.token_secret, config.hub.api_key)
         config.validate(hub=arguments.selftest != "proxmox")
         collector = Collector(
             ProxmoxClient(config.proxmox),
@@ -1515,11 +1384,12 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
         # Not an Exception, so nothing catches it on its way.
         raise SystemExit(signal.Signals(number).name)
 
-    limits = collector.proxmox.collect_seconds + SYSTEMCTL_SECONDS + hub.timeout_seconds
-    cycle_seconds = limits + LOOKUP_SECONDS
+    cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
+    cycle_seconds += SYSTEMCTL_SECONDS + LOOKUP_SECONDS
 
     def notify_wait(status: str, seconds: float) -> None:
-        notify_status(sanitize(status), seconds + cycle_seconds)
+        secrets = (collector.proxmox.secret, hub.secret)
+        notify_status(sanitize(status, secrets), seconds + cycle_seconds)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
