@@ -180,7 +180,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Allow", "GET" if self.path == "/" else "POST")
         self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
         self.send_header("X-Content-Type-Options", "nosniff")
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             self.end_headers()
             self.wfile.write(body)
             if status != 200:
