@@ -24,8 +24,7 @@ from pathlib import Path
 import lab
 
 HERE = Path(__file__).parent
-DRAFT = HERE / "docs" / "install-draft.md"
-README = DRAFT if DRAFT.exists() else HERE / "README.md"
+README = HERE / "README.md"
 SECRETS = HERE / "docs" / "secrets-at-rest.md"
 ARCHIVE = HERE / "dist" / "felhom-agent.pyz"
 
@@ -53,8 +52,8 @@ ExecStart={__file__} FUNCTION
 StandardOutput=truncate:{HERE}/probe.json
 StandardError=journal
 """
-ACCEPTED = r"last report \d\d:\d\d:\d\d accepted, \d+ guests[,;] next in \d+ s"
-FAILING = r".*failed.*[,;] next in \d+ s"
+ACCEPTED = r"last report \d\d:\d\d:\d\d accepted, \d+ guests, next in \d+ s"
+FAILING = r".*failed.*, next in \d+ s"
 
 
 # --- in the sandbox of the service ---------------------------------------------------------------
@@ -425,6 +424,8 @@ class Checks:
         write_next_version(ARCHIVE, ARCHIVE.with_suffix(".next"))
         ARCHIVE.with_suffix(".next").replace(ARCHIVE)
         ARCHIVE.chmod(0o755)
+        copy, *_ = read_lines(README, "Install", "sh").splitlines()
+        run("bash", "-c", copy)
         report = self.report_after(lambda: follow(README, "Upgrade"))
         assert report["agent_version"] == "next", report["agent_version"]
         names = [path.name for path in UNPACKED.iterdir() if path.is_dir()]
@@ -458,7 +459,9 @@ class Checks:
         follow(README, "Remove")
         assert show("LoadState") == "not-found", show("LoadState")
         assert run("getent", "passwd", "felhom-agent", check=False) == ""
-        assert list_files() - self.files == set(), list_files() - self.files
+        # Where root's own calls were unpacked; other archives may use that folder too.
+        left = list_files() - self.files - {"/root/.shiv"}
+        assert left == set(), left
 
 
 def prepare(node: lab.SimulatedNode, hub: lab.SimulatedHub) -> None:
