@@ -1,360 +1,480 @@
-"""The collector: what fails a cycle, what is left out of a report instead, and what is said of it."""
+"""The collector: what it asks, what fails a cycle or a part of the report, and what it logs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
-import logging
+import operator
 from collections.abc import Iterator
 from typing import Any, Final
 
-import hypothesis
 import pytest
-from hypothesis import strategies
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import felhom_agent as agent
 import lab
-from support import Prober, build_collector, said
+from support import SOON, Prober, make_collector, messages, proxmox_config
 
-NODES: Final = "/nodes$"
+RESOURCES: Final = "/cluster/resources"
 STATUS: Final = "/nodes/pve1/status"
-LIST: Final = "/nodes/pve1/lxc$"
-RIGHTS: Final = "/access/permissions"
-GONE: Final = lab.Reply(500, "gone")
+PERMISSIONS: Final = "/access/permissions"
+CONFIG: Final = "/nodes/pve1/lxc/{}/config?current=1"
+EXTRAS: Final = ("qemu", "storage", "backups")
 
 
 @pytest.fixture
-def node() -> Iterator[lab.SimulatedNode]:
-    """Without TLS, which loopback addresses may do, and with two guests."""
-    with lab.SimulatedNode(None, guests=lab.many_guests(2)) as running:
-        yield running
+def node(plain_node: lab.SimulatedNode) -> lab.SimulatedNode:
+    """With two containers, 100 and 101, and no VM."""
+    plain_node.guests, plain_node.vms = lab.many_guests(2), []
+    return plain_node
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.DEBUG)
-    return caplog
+def reply_with(data: object) -> lab.Reply:
+    return lab.Reply(body=json.dumps({"data": data}).encode())
 
 
-def asked_for_rights(node: lab.SimulatedNode) -> int:
-    return sum(request.path.endswith(RIGHTS) for request in node.requests)
+def list_entries(node: lab.SimulatedNode) -> list[Any]:
+    """What the node lists of itself, containers first, to be changed and scripted."""
+    with contextlib.closing(agent.ProxmoxClient(proxmox_config(node))) as client:
+        entries = [entry for entry in client.resources() if entry["type"] in ("lxc", "node")]
+    return sorted(entries, key=lambda entry: str(entry["type"]))
 
 
-def listing(*entries: object) -> lab.Reply:
-    return lab.json_reply({"data": list(entries)})
+def statuses(report: agent.HostReport) -> dict[int, str]:
+    return {guest.vmid: guest.status for guest in report.guests}
 
 
-def entry(vmid: object, name: str = "web") -> dict[str, object]:
-    return {**lab.Guest(100, name, config=lab.usual_config(100, name)).list_entry(2), "vmid": vmid}
+def levels(log: pytest.LogCaptureFixture, word: str) -> list[str]:
+    return [level for level, text in messages(log) if word in text]
 
 
-# --- partial failure ----------------------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
-FAILURES = [
-    pytest.param(GONE, id="refused"),
+
+def test_cycle_makes_these_calls_and_no_others(node: lab.SimulatedNode) -> None:
+    """None of them is served by pvedaemon, and none but GET is ever sent."""
+    collector = make_collector(node)
+    for _ in range(2):
+        node.requests.clear()
+        collector.collect()
+        assert [(request.method, request.path) for request in node.requests] == [
+            ("GET", node.base + path)
+            for path in (
+                *(RESOURCES, STATUS, f"{PERMISSIONS}?path=/vms"),
+                *(f"{PERMISSIONS}?path=/nodes/pve1", CONFIG.format(100), CONFIG.format(101)),
+            )
+        ]
+    # One for each cycle, for pveproxy closes an idle one after 5 s.
+    assert node.connections == 2
+    node.requests.clear()
+    collector.collect(thorough=True)
+    paths = [request.path for request in node.requests]
+    assert paths.count(f"{node.base}{PERMISSIONS}") == 1
+    assert len(paths) == 7
+
+
+# --- which guests ---------------------------------------------------------------------------------
+
+
+def test_every_container_is_reported_by_vmid_templates_too(plain_node: lab.SimulatedNode) -> None:
+    report = make_collector(plain_node).collect()
+    kinds = sorted(plain_node.guests, key=lambda guest: guest.vmid)
+    expected = [(kind.vmid, "lxc", kind.name, kind.status) for kind in kinds[:-1]]
+    # It was removed, or migrated, after it was listed.
+    expected.append((999, "lxc", "vanished", "unknown"))
+    found = [(guest.vmid, guest.type, guest.name, guest.status) for guest in report.guests]
+    assert found == expected
+    assert [guest.vmid for guest in report.guests if guest.spec is None] == [999]
+    specs = {guest.vmid: guest.spec for guest in report.guests}
+    # Pending changes are not mixed in, and no cores mean all of the node's.
+    assert specs[105] == agent.GuestSpec(cores=2, memory_bytes=1 << 30, disk_bytes=8 << 30)
+    assert specs[101] == agent.GuestSpec(cores=2, memory_bytes=1 << 30, disk_bytes=8 << 30)
+    assert specs[109] == agent.GuestSpec(cores=2, memory_bytes=512 << 20, disk_bytes=None)
+
+
+def test_other_nodes_of_the_cluster_are_ignored(node: lab.SimulatedNode) -> None:
+    alone = make_collector(node, extras=EXTRAS).collect()
+    guests = [lab.Guest(300, "web", config=lab.usual_config(300, "web"))]
+    node.other_nodes = [
+        lab.OtherNode("PVE1", "online", guests, lab.default_storages()),
+        lab.OtherNode("pve2", "offline", [lab.Guest(301, "x")], [lab.Storage("other")]),
+        lab.OtherNode("pve3", None, [lab.Guest(302, "y", type="qemu")]),
+    ]
+    report = make_collector(node, extras=EXTRAS).collect()
+    assert dataclasses.replace(report, reported_at=alone.reported_at) == alone
+
+
+@pytest.mark.parametrize("name", ["PVE1", "localhost", "pve1.example.lan", "pve3"])
+def test_node_that_is_not_listed_fails_the_cycle_and_the_listed_are_named(
+    node: lab.SimulatedNode, name: str
+) -> None:
+    """Proxmox takes `localhost` for this node, but lists it under its own name."""
+    node.other_nodes = [lab.OtherNode("pve2")]
+    with pytest.raises(agent.AgentError, match=r"proxmox\.node.*case.*pve1, pve2") as caught:
+        make_collector(node, node=name).collect()
+    assert f"node {name} " in str(caught.value)
+    assert str(caught.value).startswith(f"GET {RESOURCES}: ")
+
+
+@pytest.mark.parametrize(
+    "vmid",
+    [None, "", "abc", "1e3", True, -100, 99, 1_000_000_000, 100.5, [100], "100/../101"],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["lxc", "qemu"])
+def test_guest_without_a_valid_vmid_fails_the_cycle(
+    node: lab.SimulatedNode, kind: str, vmid: object
+) -> None:
+    """To leave it out would claim that it does not exist."""
+    entries = list_entries(node)
+    node.script(RESOURCES, reply_with([*entries, {**entries[-1], "type": kind, "vmid": vmid}]))
+    with pytest.raises(agent.TransportError, match=f"^GET {RESOURCES}: .*vmid"):
+        make_collector(node).collect()
+
+
+def test_vmid_may_be_a_string(node: lab.SimulatedNode) -> None:
+    entries = [{**entry, "vmid": str(entry.get("vmid"))} for entry in list_entries(node)]
+    node.script(RESOURCES, reply_with(entries))
+    assert list(statuses(make_collector(node).collect())) == [100, 101]
+
+
+# --- partial failure ------------------------------------------------------------------------------
+
+FAILURES: Final = [
+    pytest.param(lab.Reply(500, "gone"), id="refused"),
     pytest.param(lab.Cut(), id="cut"),
-    pytest.param(lab.Raw(b"nonsense"), id="no-http"),
+    pytest.param(lab.Stall(), id="stalled"),
     pytest.param(lab.Reply(body=b"<html>"), id="html"),
-    pytest.param(lab.json_reply({"data": "nonsense"}), id="other-shape"),
-    pytest.param(lab.json_reply({"data": None}), id="null"),
+    pytest.param(reply_with("nonsense"), id="other-type"),
+    pytest.param(reply_with(None), id="null"),
 ]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_nodes_that_cannot_be_read_leave_cpu_usage_unknown(node: lab.SimulatedNode, failure: lab.Answer) -> None:
-    node.script(NODES, lab.Forever(failure))
-    report = build_collector(node).collect()
-    assert report.host.cpu_usage is None
-    assert report.host.uptime_seconds == 2574
-    assert [guest.status for guest in report.guests] == ["running", "running"]
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("path", [STATUS, LIST], ids=["status", "list"])
-def test_without_status_or_list_there_is_no_report(node: lab.SimulatedNode, path: str, failure: lab.Answer) -> None:
+@pytest.mark.parametrize("path", [RESOURCES, STATUS, PERMISSIONS])
+def test_without_list_status_or_privileges_there_is_no_report(
+    node: lab.SimulatedNode, path: str, failure: lab.Answer
+) -> None:
     node.script(path, lab.Forever(failure))
-    with pytest.raises(agent.AgentError, match=f"^GET {path.rstrip('$')}: "):
-        build_collector(node).collect()
-    assert not [request for request in node.requests if request.path.endswith("config?current=1")]
+    with pytest.raises(agent.AgentError, match=f"^GET {path}.*: .*; "):
+        make_collector(node, timeout_seconds=SOON).collect()
+    assert not [request for request in node.requests if "/config" in request.path]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_guest_that_cannot_be_read_is_unknown_and_without_spec(node: lab.SimulatedNode, failure: lab.Answer) -> None:
+def test_guest_whose_configuration_fails_is_unknown_and_without_spec(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, failure: lab.Answer
+) -> None:
     node.script("/nodes/pve1/lxc/100/", lab.Forever(failure))
-    first, second = json.loads(build_collector(node).collect().to_json())["guests"]
-    assert first == {"vmid": 100, "type": "lxc", "name": "ct100", "status": "unknown", "controller_version": ""}
+    report = make_collector(node, timeout_seconds=SOON).collect()
+    first, second = json.loads(report.to_json())["guests"]
+    expected = {"vmid": 100, "type": "lxc", "name": "ct100", "status": "unknown"}
+    assert first == {**expected, "controller_version": ""}
     assert (second["status"], second["spec"]["cores"]) == ("running", 2)
-
-
-@pytest.mark.parametrize("error", [OSError("no"), ValueError("no"), RuntimeError("no")], ids=["OSError", "ValueError", "RuntimeError"])
-def test_prober_that_fails_is_no_reason_to_be_silent(node: lab.SimulatedNode, log: pytest.LogCaptureFixture, error: Exception) -> None:
-    collector = build_collector(node, Prober(error))
-    assert [collector.collect().cloudflared.status for _ in range(2)] == ["unknown", "unknown"]
-    assert [level for level, text in said(log) if "cloudflared" in text] == ["WARNING", "DEBUG"]
-
-
-def test_prober_that_fails_again_is_told_again(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
-    prober = Prober(RuntimeError("broken"))
-    collector = build_collector(node, prober)
-    for answer in (prober.answer, "active", prober.answer):
-        prober.answer = answer
-        collector.collect()
-    assert [level for level, text in said(log) if "cloudflared" in text] == ["WARNING", "INFO", "WARNING"]
-
-
-def test_prober_is_asked_for_each_report(node: lab.SimulatedNode) -> None:
-    prober = Prober()
-    collector = build_collector(node, prober)
-    assert collector.collect().cloudflared.status == "active"
-    prober.answer = "failed"
-    assert collector.collect().cloudflared.status == "failed"
-
-
-def test_rights_on_nodes_and_guests_alone_are_enough(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
-    """As README.md says."""
-    node.permissions = {path: dict.fromkeys(lab.PRIVILEGES, 1) for path in ("/nodes", "/vms")}
-    report = build_collector(node).collect()
-    assert report.host.cpu_usage is not None
-    assert [guest.vmid for guest in report.guests if guest.spec is not None] == [guest.vmid for guest in node.guests]
-    assert said(log) == []
-
-
-# --- the list -----------------------------------------------------------------------------------------------------------------------
-
-
-def test_guests_are_in_the_order_of_their_vmids(node: lab.SimulatedNode) -> None:
-    node.guests = lab.many_guests(40)
-    assert [guest.vmid for guest in node.guests] != list(range(100, 140))
-    assert [guest.vmid for guest in build_collector(node).collect().guests] == list(range(100, 140))
-
-
-def test_vmid_may_be_a_string_and_a_guest_listed_twice_is_reported_once(node: lab.SimulatedNode) -> None:
-    node.script(LIST, listing(entry("101", "other"), entry(100, "first"), entry("100", "second"), entry(100.0, "third")))
-    guests = build_collector(node).collect().guests
-    assert [(guest.vmid, guest.name) for guest in guests] == [(100, "first"), (101, "other")]
-    assert sum("/lxc/100/" in request.path for request in node.requests) == 1
-
-
-@pytest.mark.parametrize("vmid", [None, "", "abc", "1e3", True, -100, 99, 1_000_000_000, 100.5, [100], "100/../101"], ids=str)
-def test_guest_without_a_vmid_fails_the_cycle(node: lab.SimulatedNode, vmid: object) -> None:
-    node.script(LIST, listing(entry(100), entry(vmid)))
-    with pytest.raises(agent.TransportError, match="GET /nodes/pve1/lxc: a guest without a vmid"):
-        build_collector(node).collect()
-
-
-def test_guest_that_vanished_since_the_list_is_unknown(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
-    node.guests[0].vanished = True
-    assert {guest.vmid: guest.status for guest in build_collector(node).collect().guests} == {100: "unknown", 101: "running"}
-    ((level, text),) = said(log)
+    ((level, text),) = messages(log)
     assert level == "WARNING"
-    assert text.startswith("1 of 2 guests are unknown (100): GET /nodes/pve1/lxc/100/config?current=1: 500 Configuration file")
+    assert text.startswith("1 of 2 guests are unknown (100): GET " + CONFIG.format(100))
 
 
-# --- the diagnosis ------------------------------------------------------------------------------------------------------------------
-
-
-def test_token_is_diagnosed_in_the_first_cycle_only(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
-    collector = build_collector(node)
-    for _ in range(3):
-        collector.collect()
-    assert (asked_for_rights(node), said(log)) == (1, [])
-
-
-def test_diagnosis_that_fails_does_not_stop_the_collect_and_is_made_up_for(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
-    node.script(RIGHTS, GONE, GONE)
-    collector = build_collector(node)
-    for _ in range(4):
-        assert len(collector.collect().guests) == 2
-    assert asked_for_rights(node) == 3
-    assert [level for level, _ in said(log)] == ["WARNING", "DEBUG", "INFO"]
-    assert said(log)[0][1].startswith("the token's rights are not known: GET /access/permissions: 500 gone")
-
-
-@pytest.mark.parametrize("path", [STATUS, LIST, "/nodes/pve1/lxc/100/"], ids=["status", "list", "configuration"])
-def test_refused_call_is_followed_by_a_diagnosis(node: lab.SimulatedNode, path: str, log: pytest.LogCaptureFixture) -> None:
-    collector = build_collector(node)
-    collector.collect()
-    node.permissions = {"/": {"Datastore.Audit": 1}}
-    node.script(path, lab.Reply(403, "Permission check failed"))
-    node.script(LIST, listing(entry(100)))
-    node.script(STATUS, lab.json_reply({"data": node.status}))
-    with contextlib.suppress(agent.HTTPError):
-        collector.collect()
-    assert asked_for_rights(node) == 2
-    assert "lacks Sys.Audit on /nodes/pve1 and VM.Audit on /vms; pveum acl modify" in log.text
-
-
-def test_empty_list_with_the_right_to_see_all_means_no_guests(node: lab.SimulatedNode) -> None:
-    node.guests = []
-    collector = build_collector(node)
-    for _ in range(2):
-        assert json.loads(collector.collect().to_json())["guests"] == []
-    assert asked_for_rights(node) >= 2  # in each of these cycles
-
-
-@pytest.mark.parametrize(
-    "rights",
-    [
-        pytest.param({}, id="none"),
-        pytest.param({"/": {"Sys.Audit": 1}}, id="no-vm-audit"),
-        pytest.param({"/": {"Sys.Audit": 1}, "/vms/500": {"VM.Audit": 1}}, id="one-guest-that-is-not-here"),
-    ],
-)
-def test_empty_list_without_that_right_fails_the_cycle(node: lab.SimulatedNode, rights: dict[str, dict[str, int]]) -> None:
-    node.permissions = rights
-    node.script(STATUS, lab.json_reply({"data": node.status}))
-    with pytest.raises(agent.AgentError, match=r"GET /nodes/pve1/lxc: an empty list, .* VM.Audit on /vms; pveum acl modify") as caught:
-        build_collector(node).collect()
-    assert not caught.value.retryable
-
-
-def test_empty_list_with_unknown_rights_fails_the_cycle(node: lab.SimulatedNode) -> None:
-    node.guests = []
-    node.script(RIGHTS, lab.Forever(GONE))
-    with pytest.raises(agent.AgentError, match="an empty list"):
-        build_collector(node).collect()
-
-
-def test_right_that_is_lost_later_fails_the_cycle(node: lab.SimulatedNode) -> None:
-    collector = build_collector(node)
-    collector.collect()
-    node.permissions = {"/": {"Sys.Audit": 1}}  # the list is then empty, and says nothing
-    with pytest.raises(agent.AgentError, match="an empty list"):
-        collector.collect()
-
-
-# --- what is said -------------------------------------------------------------------------------------------------------------------
-
-
-def test_failing_guests_are_one_warning_and_their_recovery_another_line(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
+def test_failing_guests_are_one_warning_and_their_recovery_one_line(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
     node.guests = lab.many_guests(12)
-    collector = build_collector(node)
-    node.script("/nodes/pve1/lxc/", lab.Forever(GONE))
+    collector = make_collector(node)
+    node.script("/nodes/pve1/lxc/", lab.Forever(lab.Reply(500, "gone")))
     collector.collect()
     collector.collect()
     node.clear_script()
     collector.collect()
     collector.collect()
-    (level, text), (repeated, same), recovery = said(log)
-    assert (level, repeated, recovery) == ("WARNING", "DEBUG", ("INFO", "all guests can be read again"))
-    assert text == same
-    assert text.startswith("12 of 12 guests are unknown (100, 101, 102, 103, 104, 105, 106, 107, 108, 109, …): GET /nodes/pve1/lxc/100/")
+    assert [level for level, _ in messages(log)] == ["WARNING", "DEBUG", "INFO"]
+    (_, text), (_, repeated), _ = messages(log)
+    listed = ", ".join(str(vmid) for vmid in range(100, 110))
+    assert text.startswith(f"12 of 12 guests are unknown ({listed}, …): GET ")
+    assert repeated == text
 
 
-def test_cpu_usage_that_cannot_be_read_is_one_warning_and_a_recovery(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -> None:
-    collector = build_collector(node)
-    node.script(NODES, GONE, GONE)
-    for _ in range(4):
+def test_collect_ends_after_six_timeouts_and_the_rest_is_unknown(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    node.guests = lab.many_guests(20)
+    node.script("/nodes/pve1/lxc/", lab.Usual(), lab.Usual(), lab.Forever(lab.Stall()))
+    seconds: Any = 0.3
+    report = make_collector(node, timeout_seconds=seconds).collect()
+    known = [guest.vmid for guest in report.guests if guest.spec is not None]
+    assert known == [100, 101]
+    assert len(report.guests) == 20
+    assert {guest.status for guest in report.guests[2:]} == {"unknown"}
+    asked = [request for request in node.requests if "/config" in request.path]
+    assert 2 < len(asked) <= 2 + 6
+    assert levels(log, "18 of 20 guests") == ["WARNING"]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), ValueError(), RuntimeError("no")], ids=repr)
+def test_prober_that_fails_does_not_stop_the_report_and_is_told_when_it_changes(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    prober = Prober()
+    collector = make_collector(node, prober)
+    found = []
+    for prober.state in ("failed", error, error, "active", error):
+        found.append(collector.collect().cloudflared.status)
+    assert found == ["failed", "unknown", "unknown", "active", "unknown"]
+    assert levels(log, "cloudflared") == ["WARNING", "DEBUG", "INFO", "WARNING"]
+
+
+# --- the age of the list --------------------------------------------------------------------------
+
+# In seconds; those with a state are of captured lists.
+AGES: Final = [
+    pytest.param(3, True, id="3-healthy"),
+    pytest.param(55, True, id="55-monitor-hangs"),
+    pytest.param(60, True, id="60"),
+    pytest.param(61, False, id="61"),
+    pytest.param(63, False, id="63-pvestatd-stopped"),
+    pytest.param(315, False, id="315-pvestatd-stopped-and-expired"),
+    pytest.param(-1, False, id="negative"),
+]
+
+
+@pytest.mark.parametrize(("age", "is_believed"), AGES)
+def test_list_that_is_too_old_is_not_believed(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, age: int, is_believed: bool
+) -> None:
+    """Proxmox repeats the last values for 5 minutes as if they were true."""
+    node.resources_age_seconds = age
+    report = make_collector(node, extras=["storage"]).collect()
+    assert statuses(report) == dict.fromkeys((100, 101), "running" if is_believed else "unknown")
+    # The configuration is true whatever the list says.
+    assert [guest.name for guest in report.guests] == ["ct100", "ct101"]
+    assert [guest.spec is None for guest in report.guests] == [False, False]
+    assert (report.host.cpu_usage is not None) == is_believed
+    assert report.host.uptime_seconds == 2574
+    local = next(target for target in report.storage_targets if target.storage == "local")
+    assert local.status == ("available" if is_believed else "unknown")
+    assert local.total_bytes == (4294967296 if is_believed else None)
+    assert local.used_bytes == (31494144 if is_believed else None)
+    assert len(messages(log)) == (not is_believed)
+    for level, text in messages(log):
+        assert (level, "systemctl status pvestatd" in text) == ("WARNING", True)
+        assert "a storage that does not answer" in text
+        assert (f"for {age} s" in text) == (60 < age < 300)
+
+
+@pytest.mark.parametrize("missing", ["status", "entry"])
+def test_list_of_unknown_age_is_not_believed(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, missing: str
+) -> None:
+    entries = list_entries(node)
+    del (node.status if missing == "status" else entries[-1])["uptime"]
+    node.script(RESOURCES, reply_with(entries))
+    report = make_collector(node).collect()
+    assert set(statuses(report).values()) == {"unknown"}
+    assert report.host.cpu_usage is None
+    assert levels(log, "pvestatd") == ["WARNING"]
+
+
+def test_stuck_pvestatd_is_one_warning_until_it_reports_again(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    collector = make_collector(node)
+    for node.resources_age_seconds in (9, 63, 183, 315, 9, 9, 63):
         collector.collect()
-    assert [level for level, _ in said(log)] == ["WARNING", "DEBUG", "INFO"]
-    assert said(log)[0][1] == "cpu_usage is unknown: GET /nodes: 500 gone"
+    assert levels(log, "pvestatd") == ["WARNING", "DEBUG", "DEBUG", "INFO", "WARNING"]
+    assert len(messages(log)) == 5
 
 
-# --- whatever comes -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("new", [{100}, {100, 101}], ids=["one", "all"])
+def test_guest_listed_as_unknown_has_spec_and_name_and_only_all_are_a_warning(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, new: set[int]
+) -> None:
+    """One was just created; all are if pvestatd has just started, or fails at the containers."""
+    for guest in node.guests:
+        guest.status = "unknown" if guest.vmid in new else "running"
+    report = make_collector(node).collect()
+    assert statuses(report) == {100: "unknown", 101: "unknown" if 101 in new else "running"}
+    assert [guest.name for guest in report.guests] == ["ct100", "ct101"]
+    assert None not in [guest.spec for guest in report.guests]
+    assert report.host.cpu_usage is not None
+    warnings = [text for level, text in messages(log) if level != "DEBUG"]
+    assert len(warnings) == (len(new) == 2)
+    assert all("systemctl status pvestatd" in text for text in warnings)
 
-PATHS: Final = (RIGHTS, NODES, STATUS, LIST, "/nodes/pve1/lxc/100/config", "/nodes/pve1/lxc/101/config")
+
+def test_node_without_guests_is_reported(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    node.guests = []
+    assert make_collector(node).collect().guests == ()
+    assert messages(log) == []
+
+
+# --- the token's privileges over time -------------------------------------------------------------
+
+ON_NODE: Final = ("/nodes/pve1", "PVEAuditor", True)
+ON_100: Final = ("/vms/100", "VMAudit", True)
+AUDITOR: Final = ("/", "PVEAuditor", True)
+
+
+def test_privilege_is_told_each_time_that_it_is_lost_and_granted(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    collector = make_collector(node)
+    seen = []
+    for node.acl in ([AUDITOR], [ON_NODE, ON_100], [ON_NODE, ON_100], [AUDITOR], [ON_NODE, ON_100]):
+        seen.append(len(collector.collect().guests))
+    assert seen == [2, 1, 1, 2, 1]
+    assert levels(log, "VM.Audit on /vms") == ["WARNING", "DEBUG", "INFO", "WARNING"]
+    assert len(messages(log)) == 4
+
+
+def test_loss_of_every_guest_fails_the_cycle_each_time(node: lab.SimulatedNode) -> None:
+    collector = make_collector(node)
+    for _ in range(2):
+        node.acl = [AUDITOR]
+        assert len(collector.collect().guests) == 2
+        node.acl = [ON_NODE]
+        with pytest.raises(agent.AgentError, match=r"VM\.Audit on /vms"):
+            collector.collect()
+
+
+def test_excess_privileges_are_told_once_and_again_when_they_change(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    node.roles |= {"Power": ("VM.PowerMgmt",), "Modify": ("Sys.Modify",)}
+    power, modify = ("/vms", "Power", True), ("/nodes/pve1", "Modify", True)
+    reading = [("/vms", "VMAudit", True), ON_NODE]
+    collector = make_collector(node)
+    for extra in ([power], [power], [power, modify], [], [power]):
+        node.acl = [*reading, *extra]
+        collector.collect()
+    told = [(level, "VM.PowerMgmt" in text, "Sys.Modify" in text) for level, text in messages(log)]
+    assert told == [
+        ("WARNING", True, False),
+        ("DEBUG", True, False),
+        ("WARNING", True, True),
+        ("INFO", False, False),
+        ("WARNING", True, False),
+    ]
+
+
+# --- whatever Proxmox answers ---------------------------------------------------------------------
+
 ODD: Final[tuple[object, ...]] = (
-    *(None, True, False, 0, -1, 1, 99, 100, 2**53, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
-    *("", "0", "1.5", "-1", "many", "NaN", "1e5", "9" * 400, "\ud800", "a\x00\x1b[2J\u202e", "x" * 1000, "12x", "unknown"),
-    *("local:1/x,size=8G", "local:1/x,size=9999999T", "/mnt,size=0", "pve-manager/", "Linux ", [], {}, [[]], {"": {}}),
+    *(None, True, False, 0, -1, 99, 8193, 2**53 - 1, 2**53, 10**30, 0.5, -0.0, 1e308),
+    *(float("nan"), float("inf"), "", "0", "1.5", "-1", "many", "NaN", "1e5", "9" * 400, "\ud800"),
+    *("a\x00\x1b[2J\u202e", "x" * 1000, "12x", "unknown", "local:1/x,size=8G", "/mnt,size=0"),
+    *("local:1/x,size=9999999T", "pve-manager/", "Linux ", "backup", [], {}, [[]], {"": {}}),
 )
-VALUES: Final = strategies.sampled_from(ODD) | strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
-    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3),
+VALUES: Final = st.sampled_from(ODD) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
+PATHS: Final = (
+    *(RESOURCES, STATUS, f"{PERMISSIONS}?path=/vms", f"{PERMISSIONS}?path=/nodes/pve1"),
+    *("/nodes/pve1/lxc/100/config?current=1", "/nodes/pve1/qemu/200/config?current=1"),
+    "/nodes/pve1/storage/bak/prunebackups?prune-backups=keep-all%3D1",
+)
 
 
-def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def find_places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The way to each place inside a JSON value."""
     yield way
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from places(value[key], (*way, key))
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from find_places(value[key], (*way, key))
 
 
-def mutated(draw: strategies.DrawFn, value: Any) -> Any:
-    """With one place replaced, left out or doubled."""
-    way = draw(strategies.sampled_from(list(places(value))))
+def mutate(draw: st.DrawFn, value: Any) -> Any:
+    """Replace, leave out or double one place."""
+    way = draw(st.sampled_from(list(find_places(value))))
     if not way:
-        return copy.deepcopy(draw(VALUES))  # it may be changed further, and is drawn again
-    *before, last = way
-    inner = value
-    for key in before:
-        inner = inner[key]
-    match draw(strategies.sampled_from(["replace", "replace", "leave-out", "double"])):
-        case "replace":
-            inner[last] = copy.deepcopy(draw(VALUES))
+        return copy.deepcopy(draw(VALUES))
+    inner = functools.reduce(operator.getitem, way[:-1], value)
+    match draw(st.sampled_from(["replace", "replace", "leave-out", "double"])):
         case "leave-out":
-            del inner[last]
+            del inner[way[-1]]
         case "double" if isinstance(inner, list):
-            inner.append(copy.deepcopy(inner[last]))
-        case "double":
-            inner[draw(strategies.text())] = copy.deepcopy(inner[last])
+            inner.append(copy.deepcopy(inner[way[-1]]))
+        case _:
+            inner[way[-1]] = copy.deepcopy(draw(VALUES))
     return value
 
 
-def test_list_of_more_than_there_can_be_is_an_error(node: lab.SimulatedNode) -> None:
-    node.script(f"/nodes/{node.name}/lxc$", odd_reply([{"vmid": 100 + number} for number in range(agent.MAX_CONTAINERS)]))
-    with pytest.raises(agent.TransportError, match="no answer of the Proxmox API"):
-        build_collector(node).collect()
+def make_small_node() -> lab.SimulatedNode:
+    node = lab.SimulatedNode(None)
+    node.guests = [guest for guest in node.guests if guest.vmid in (100, 101)]
+    node.vms = [vm for vm in node.vms if vm.vmid == 200]
+    return node
 
 
-def odd_reply(data: object) -> lab.Reply:
-    return lab.Reply(body=json.dumps({"data": data}).encode())
-
-
-@strategies.composite
-def scripts(draw: strategies.DrawFn) -> dict[str, lab.Reply]:
-    """For some paths, the real reply, mutated in its JSON, its bytes or its status."""
-    real = lab.SimulatedNode(None, guests=lab.default_guests()[1:3])
+@st.composite
+def scripts(draw: st.DrawFn) -> dict[str, lab.Reply]:
+    """For some paths the real reply, changed in its JSON, its bytes or its status."""
+    real = make_small_node()
     headers = {"authorization": f"PVEAPIToken={real.token_id}={real.token_secret}"}
     found = {}
-    for path in sorted(draw(strategies.sets(strategies.sampled_from(PATHS), min_size=1))):
-        request = lab.Request(method="GET", path=real.base + path.rstrip("$"), headers=headers, body=b"", connection=1)
-        reply = real.answer(request)
-        body = reply.body or b""
-        match draw(strategies.sampled_from(["json", "json", "json", "json", "bytes", "status"])):
+    for path in sorted(draw(st.sets(st.sampled_from(PATHS), min_size=1, max_size=3))):
+        request = lab.Request(
+            method="GET", path=real.base + path, headers=headers, body=b"", connection=1
+        )
+        body = real.answer(request).body or b""
+        status = 200
+        match draw(st.sampled_from(["json", "json", "json", "json", "bytes", "status"])):
             case "json":
                 document = json.loads(body)
-                for _ in range(draw(strategies.integers(1, 3))):
-                    document = mutated(draw, document)
-                reply = dataclasses.replace(reply, body=json.dumps(document).encode())
+                for _ in range(draw(st.integers(1, 3))):
+                    document = mutate(draw, document)
+                body = json.dumps(document).encode()
             case "bytes":
-                start = draw(strategies.integers(0, len(body)))
-                end = draw(strategies.integers(start, min(len(body), start + 20)))
-                reply = dataclasses.replace(reply, body=body[:start] + draw(strategies.binary(max_size=5)) + body[end:])
+                start, length = draw(st.integers(0, len(body))), draw(st.integers(0, 20))
+                body = body[:start] + draw(st.binary(max_size=5)) + body[start + length :]
             case _:
-                reply = lab.Reply(draw(strategies.sampled_from([204, 301, 400, 401, 403, 500, 501, 595])), body=body)
-        found[path] = reply
+                status = draw(st.sampled_from([204, 301, 400, 401, 403, 500, 501, 595]))
+        found[path] = lab.Reply(status, body=body)
     return found
 
 
 @pytest.fixture(scope="module")
 def lasting_node() -> Iterator[lab.SimulatedNode]:
-    with lab.SimulatedNode(None, guests=lab.default_guests()[1:3]) as running:
-        running.auth_delay_seconds = 0
+    with make_small_node() as running:
         yield running
 
 
-@hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
-@hypothesis.given(script=scripts())
-@hypothesis.example({LIST: odd_reply([{"vmid": 100, "name": "\ud800", "status": "running", "maxdisk": -1}])})
-@hypothesis.example({NODES: odd_reply([{"node": "pve1", "cpu": -0.5}])})
-@hypothesis.example({STATUS: odd_reply({"uptime": 2**53, "memory": {"total": 1e308, "used": -1}, "loadavg": ["NaN", "1", "1"]})})
-def test_whatever_proxmox_says_ends_in_a_valid_report_or_an_error_of_ours(
+GUEST: Final = {"type": "lxc", "node": "pve1", "vmid": 100, "name": "web", "status": "running"}
+NODE: Final = {"type": "node", "node": "pve1", "status": "online", "uptime": 2565, "cpu": 0.5}
+STORAGE: Final = {"type": "storage", "node": "pve1", "storage": "bak", "status": "available"}
+
+
+@given(script=scripts())
+@example({RESOURCES: reply_with([NODE, {**GUEST, "status": ["running"]}, STORAGE])})
+@example({RESOURCES: reply_with([NODE, {**GUEST, "status": {}}, STORAGE])})
+@example({RESOURCES: reply_with([NODE, {**GUEST, "status": "x" * 65}, STORAGE])})
+@example({RESOURCES: reply_with([NODE, {**GUEST, "name": "\ud800"}, {**STORAGE, "storage": 5}])})
+@example({STATUS: reply_with({"uptime": 2574, "cpuinfo": {"cpus": 2**53 - 1}})})
+@example({STATUS: reply_with({"uptime": 2**53, "memory": {"total": 1e308, "used": -1}})})
+# A file that somebody edited: Proxmox does not check what it reads.
+@example({PATHS[4]: reply_with({"cores": 99999})})
+@example({PATHS[5]: reply_with({"cores": 2**40, "sockets": 2**40})})
+@example({PATHS[6]: reply_with([{"volid": "bak:backup/x", "vmid": 99, "ctime": 1, "mark": ""}])})
+def test_whatever_proxmox_answers_ends_in_a_valid_report_or_an_error(
     lasting_node: lab.SimulatedNode, script: dict[str, lab.Reply]
 ) -> None:
     lasting_node.clear_script()
     for path, reply in script.items():
         lasting_node.script(path, lab.Forever(reply))
     try:
-        report = build_collector(lasting_node).collect()
+        report = make_collector(lasting_node, extras=EXTRAS).collect()
     except agent.AgentError:
         return
     document = json.loads(report.to_json(), parse_constant=lab.refuse_constant)
-    assert [f"{error.json_path}: {error.message}" for error in lab.report_schema().iter_errors(document)] == []
-    json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates
-    vmids = [guest["vmid"] for guest in document["guests"]]
-    assert vmids == sorted(set(vmids))
+    errors = lab.report_schema().iter_errors(document)
+    assert [f"{error.json_path}: {error.message}" for error in errors] == []
+    # Nothing that UTF-8 cannot hold.
+    json.dumps(document, ensure_ascii=False).encode()
+    assert document["guests"] == sorted(document["guests"], key=lambda guest: guest["vmid"])
