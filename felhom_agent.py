@@ -476,9 +476,9 @@ def lookup(data: object, *keys: str) -> object:
 
 
 def get_text(data: object, *keys: str) -> str | None:
-    """Return the string at `keys`, at most 256 characters that UTF-8 can hold, or None."""
+    """Return the string at `keys`, at most 512 characters that UTF-8 can hold, or None."""
     value = lookup(data, *keys)
-    return value[:256].encode(errors="replace").decode() if isinstance(value, str) else None
+    return value[:512].encode(errors="replace").decode() if isinstance(value, str) else None
 
 
 def parse_number(value: object) -> float | None:
@@ -499,6 +499,12 @@ def parse_int(value: object) -> int | None:
 def get_int(data: object, *keys: str) -> int | None:
     """Return the integer at `keys`, or None."""
     return parse_int(lookup(data, *keys))
+
+
+def get_vmid(data: object) -> int:
+    """Return the guest's ID, or 0 if it is not valid."""
+    vmid = get_int(data, "vmid") or 0
+    return vmid if 100 <= vmid <= 999_999_999 else 0
 
 
 def format_time(seconds: float | None = None) -> str:
@@ -543,7 +549,7 @@ def build_guest(entry: object, config: object, cpu_count: int | None, *, old: bo
     listed, configured = get_text(entry, "name"), {"lxc": "hostname", "qemu": "name"}[guest_type]
     status = get_text(entry, "status") if config is not None and not old else None
     return Guest(
-        vmid=get_int(entry, "vmid") or 0,
+        vmid=get_vmid(entry),
         type=guest_type,
         name=listed or get_text(config, configured) or "",
         status=status or "unknown",
@@ -898,9 +904,9 @@ class ProxmoxClient(Client):
         entries = [entry for entry in entries if entry.get("node") == self.node]
         guests = [entry for entry in entries if entry.get("type") in ("lxc", "qemu")]
         # To leave one out would claim that it does not exist.
-        if not all(100 <= (get_int(guest, "vmid") or 0) <= 999_999_999 for guest in guests):
+        if not all(get_vmid(guest) for guest in guests):
             raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
-        return sorted(entries, key=lambda entry: get_int(entry, "vmid") or 0)
+        return sorted(entries, key=get_vmid)
 
     def list_lxc(self) -> list[dict[str, object]]:
         """Return this node's containers in /cluster/resources."""
@@ -927,7 +933,7 @@ class ProxmoxClient(Client):
             # A file that somebody renamed has no guest, and not the date of the backup.
             if lookup(entry, "mark") == "renamed":
                 continue
-            vmid, created = get_int(entry, "vmid") or 0, get_int(entry, "ctime") or 0
+            vmid, created = get_vmid(entry), get_int(entry, "ctime") or 0
             volid = get_text(entry, "volid") or ""
             # Up to 2106; strftime cannot do every integer.
             if not (vmid and volid and 0 < created < 2**32):
@@ -1058,14 +1064,13 @@ class Collector:
         paths = [*needed, f"/nodes/{self.proxmox.node}", *([""] if thorough else [])]
         replies = {path: self.proxmox.permissions(path) for path in paths}
         token = f"token {self.proxmox.token_id}"
-        for path, (privilege, listed) in needed.items():
-            topic, problem = f"{privilege} on {path}", ""
-            # 0 would hold for the path itself, not for what is below.
-            if not lookup(replies[path], path, privilege):
-                problem = f"{token} lacks {topic}, so entries may be missing; {self.proxmox.grant}"
-                if not listed:
-                    raise AgentError(problem)
-            self._warn.problem(topic, problem)
+        # 0 would hold for the path itself, not for what is below.
+        lacking = [path for path in needed if not lookup(replies[path], path, needed[path][0])]
+        lacks = " and ".join(f"{needed[path][0]} on {path}" for path in lacking)
+        problem = f"{token} lacks {lacks}, so entries may be missing; {self.proxmox.grant}"
+        if not all(needed[path][1] for path in lacking):
+            raise AgentError(problem)
+        self._warn.problem("missing privileges", problem if lacking else "")
         granted = [names for reply in replies.values() for names in reply.values()]
         found = {name for names in granted if isinstance(names, dict) for name in names}
         excess = sanitize(", ".join(sorted(name for name in found if not name.endswith(".Audit"))))
@@ -1081,14 +1086,15 @@ class Collector:
         now, then = get_int(status, "uptime"), get_int(node, "uptime")
         age = now - then if now is not None and then is not None else -1
         old = not 0 <= age <= MAX_AGE_SECONDS
-        problem = ""
-        if old or {lookup(guest, "status") for guest in guests} == {"unknown"}:
-            since = f"for {age} s" if age > MAX_AGE_SECONDS else "for 5 minutes or since its start"
-            problem = (
-                f"pvestatd has not reported {since}, so guests and storages are unknown; check "
-                "systemctl status pvestatd (the usual cause: a storage that does not answer)"
-            )
-        self._warn.problem("pvestatd", problem, key="unknown")
+        what, since = "", "for 5 minutes or since its start"
+        if old:
+            what = "guests and storages"
+            since = f"for {age} s" if age > MAX_AGE_SECONDS else since
+        elif {get_text(guest, "status") for guest in guests} == {"unknown"}:
+            what = "guests"
+        hint = "check systemctl status pvestatd (the usual cause: a storage that does not answer)"
+        problem = f"pvestatd has reported no {what} {since}, so they are unknown; {hint}"
+        self._warn.problem("pvestatd", problem if what else "", key=what)
         return old
 
     def _read_guests(
@@ -1096,7 +1102,7 @@ class Collector:
     ) -> tuple[Guest, ...]:
         guests, failures = [], []
         for entry in entries:
-            vmid, config = get_int(entry, "vmid") or 0, None
+            vmid, config = get_vmid(entry), None
             try:
                 config = self.proxmox.guest_config(vmid, str(entry.get("type")))
             except AgentError as exc:
