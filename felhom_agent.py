@@ -572,7 +572,7 @@ def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | N
         volumes = [volume for volume in volumes if "media=cdrom" not in volume.split(",")]
     sizes = [parse_volume_size(volume) for volume in volumes]
     return GuestSpec(
-        cores=cores or None,
+        cores=parse_int(cores) or None,
         memory_bytes=parse_int(memory * 2**20) if memory else None,
         disk_bytes=parse_int(sum(size or 0 for size in sizes)) if sizes and all(sizes) else None,
     )
