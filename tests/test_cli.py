@@ -3,572 +3,506 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import re
-import select
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import Any, Final, cast
 
 import pytest
 
-import felhom_agent
+import felhom_agent as agent
 import lab
+from support import LOG, MODULE, Daemon, Outcome, install_systemctl, messages
 
-MODULE: Final = Path(felhom_agent.__file__)
-OK, FAILED, WRONG = 0, 1, 2
-WRITE_OR_DIE: Final = """
-import os, runpy, sys
-
-def watch(event, arguments):
-    writes = event == "open" and arguments[0] != os.devnull and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    if writes:
-        os._exit(99)
-    if event in {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.remove"}:
-        os._exit(98)
-
-sys.argv.pop(0)
-sys.addaudithook(watch)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """A bare one: no HOME, and on PATH nothing but a systemctl that says active."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    (commands / "systemctl").write_text("#!/bin/sh\necho active\n", "utf-8")
-    (commands / "systemctl").chmod(0o755)
-    return {"PATH": str(commands)}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
+OK, FAILED, INVALID = 0, 1, 2
+# Python's own, if it cannot flush standard error at the end.
+UNFLUSHED: Final = 120
+CONFIG, PROXMOX, HUB = "--selftest=config", "--selftest=proxmox", "--selftest=hub"
+ALL_MODES: Final = pytest.mark.parametrize(
+    "mode", ["", CONFIG, PROXMOX, HUB], ids=["daemon", CONFIG, PROXMOX, HUB]
+)
+COLLECTING: Final = pytest.mark.parametrize("mode", [PROXMOX, HUB])
 Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run(environment: dict[str, str], tmp_path: Path) -> Run:
-    """Run the module as a program of its own."""
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """Call main() with arguments; what that changes in this process is put back."""
+    monkeypatch.setenv("PATH", install_systemctl(tmp_path))
+    before = agent.LOG.handlers, agent.LOG.propagate, agent.LOG.level, logging.raiseExceptions
 
-    def run_program(*arguments: str | Path, **env: str) -> Outcome:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", MODULE, *arguments],
-            env={**environment, **env},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-        assert "Exception ignored" not in done.stderr
-        return Outcome(done.returncode, done.stdout, done.stderr)
+    def call_main(*arguments: str) -> Outcome:
+        try:
+            status = agent.main(arguments)
+        except SystemExit as exc:
+            # argparse's own.
+            status = cast(int, exc.code)
+        return Outcome(status, *capfd.readouterr())
 
-    return run_program
+    yield call_main
+    agent.LOG.handlers, agent.LOG.propagate, agent.LOG.level, logging.raiseExceptions = before
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Call main() here, where a process of its own shows nothing more; what it changes in this process is put back."""
-    for name in ("RES_OPTIONS", "SSLKEYLOGFILE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
-    log = felhom_agent.LOG
-    before = log.handlers, log.propagate, log.level
-
-    def call(*arguments: str | Path) -> Outcome:
-        try:
-            status = felhom_agent.main([str(argument) for argument in arguments])
-        except SystemExit as exc:  # of argparse
-            status = exc.code if isinstance(exc.code, int) else FAILED
-        return Outcome(status, *capfd.readouterr())
-
-    yield call
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+def run(call: Run, write_config: Callable[..., Path]) -> Run:
+    """Call main() with a mode, and changes to a configuration that works."""
+    return lambda mode, *options, **changes: call(
+        *mode.split(), *options, "--config", str(write_config(**changes))
+    )
 
 
-# ---- usage and configuration ------------------------------------------------------------------------------------------------
+def errors(outcome: Outcome) -> list[str]:
+    """Return the errors on standard error; there must be nothing else, nor on standard output."""
+    assert (outcome.status, outcome.out) == (INVALID, "")
+    lines = [line.partition(" ERROR ") for line in outcome.err.splitlines()]
+    assert all(level for _, level, _ in lines), outcome.err
+    return [text for _, _, text in lines]
 
 
-def test_version(run: Run) -> None:
-    assert run("--version") == Outcome(OK, "felhom-agent 0.3.0\n", "")
+# ---- usage and configuration ---------------------------------------------------------------------
 
 
-def test_help_names_every_option(main: Run) -> None:
-    outcome = main("--help")
+def test_version(call: Run) -> None:
+    assert call("--version") == Outcome(OK, "felhom-agent 0.3.0\n", "")
+
+
+def test_help_names_every_option(call: Run) -> None:
+    outcome = call("--help")
+    options = {"help", "config", "selftest", "log-level", "print", "version"}
     assert outcome.status == OK
-    assert set(re.findall(r"--[a-z-]+", outcome.out)) == {"--help", "--config", "--selftest", "--log-level", "--version"}
+    assert set(re.findall(r"--([a-z-]+)", outcome.out)) == options
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--nonsense"],
-        ["positional"],
-        ["--config"],
-        ["--selftest"],
-        ["--selftest", "everything"],
-        ["--selftest="],
-        ["--log-level", "loud"],
-        ["--log-level=DEBUG"],
-        ["--conf", "x"],
-        ["--self", "config"],
-        ["--vers"],
+        *("--nonsense", "positional", "--config", "--selftest", "--selftest=", "--selftest all"),
+        *("--log-level loud", "--log-level=DEBUG", "--conf x", "--self config", "--vers"),
+        *("--print", "--print=all"),
     ],
-    ids=" ".join,
 )
-def test_wrong_usage(main: Run, arguments: list[str]) -> None:
-    outcome = main(*arguments)
-    assert (outcome.status, outcome.out) == (WRONG, "")
+def test_wrong_usage(call: Run, arguments: str) -> None:
+    outcome = call(*arguments.split())
+    assert (outcome.status, outcome.out) == (INVALID, "")
     assert outcome.err.startswith("usage: felhom-agent ")
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [("unit", "felhom-agent.service"), ("config", "agent.example.json")]
+)
+def test_print_needs_no_configuration(call: Run, name: str, file: str) -> None:
+    outcome = call(f"--print={name}", "--config=/nonexistent")
+    assert (outcome.status, outcome.err) == (OK, "")
+    assert outcome.out.encode() == MODULE.with_name(file).read_bytes()
+
+
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
-def test_log_level(main: Run, write_config: Callable[..., Path], level: str) -> None:
-    outcome = main("--selftest=config", "--log-level", level, "--config", write_config(hub={"poll_seconds": 5}))
+def test_log_level(run: Run, level: str) -> None:
+    outcome = run(CONFIG, "--log-level", level, hub={"poll_seconds": 5})
     assert outcome.status == OK
-    assert felhom_agent.LOG.level == logging.getLevelNamesMapping()[level.upper()]
-    assert ("WARNING config: hub.poll_seconds: 5" in outcome.err) == (level != "error")
+    assert logging.getLevelName(agent.LOG.level) == level.upper()
+    assert (" WARNING config: hub.poll_seconds: " in outcome.err) == (level != "error")
 
 
-def test_selftest_of_the_configuration_shows_what_is_in_effect(
-    main: Run, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_selftest_of_the_configuration_prints_what_is_in_effect(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FELHOM_AGENT_HUB_HOST_ID", "of the environment")
-    path = write_config(proxmox={"token_secret": "hunter2"}, hub={"api_key": "hunter3", "poll_seconds": 60})
-    outcome = main("--selftest=config", "--config", path)
-    assert outcome.status == OK
-    assert outcome.document["proxmox"]["token_secret"] == outcome.document["hub"]["api_key"] == "***"
+    outcome = run(CONFIG, proxmox={"token_secret": "hunter2"}, hub={"api_key": "hunter3"})
+    assert (outcome.status, outcome.err) == (OK, "")
+    config = agent.load_config(str(tmp_path / "agent.json"), os.environ)
+    assert outcome.document == json.loads(json.dumps(config.redacted()))
     assert outcome.document["hub"]["host_id"] == "of the environment"
-    assert (outcome.document["hub"]["poll_seconds"], outcome.document["proxmox"]["timeout_seconds"]) == (60, 10)
-    assert "hunter" not in outcome.out + outcome.err
+    assert "hunter" not in outcome.out
 
 
-def test_selftest_of_a_lacking_configuration_shows_it_and_what_is_wrong(main: Run, write_config: Callable[..., Path]) -> None:
-    outcome = main("--selftest=config", "--config", write_config(proxmox={"token_secret": ""}, hub={"url": "http://hub.example.com"}))
-    assert outcome.status == WRONG
-    assert outcome.document["proxmox"]["token_secret"] == ""
-    assert [line.partition(" ERROR ")[2] for line in outcome.err.splitlines()] == [
-        "config: proxmox.token_secret: is required",
-        "config: hub.url: must be https, got http://hub.example.com",
-    ]
-
-
-MODES: Final[list[list[str]]] = [[], ["--selftest=config"], ["--selftest=proxmox"], ["--selftest=hub"]]
-
-
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(mode) or "daemon")
-@pytest.mark.parametrize(
-    "content", [None, "{", "[]", '{"proxmox": {}, "proxmox": {}}'], ids=["missing", "no JSON", "no object", "duplicate"]
-)
-def test_file_that_cannot_be_used(main: Run, tmp_path: Path, mode: list[str], content: str | None) -> None:
+@ALL_MODES
+@pytest.mark.parametrize("content", [None, "{", "[]"], ids=["missing", "no JSON", "no object"])
+def test_file_that_is_not_a_configuration(
+    call: Run, tmp_path: Path, mode: str, content: str | None
+) -> None:
     path = tmp_path / "agent.json"
     if content is not None:
         path.touch(mode=0o600)
         path.write_text(content, "utf-8")
-    outcome = main(*mode, "--config", path)
-    assert (outcome.status, outcome.out) == (WRONG, "")
-    assert re.fullmatch(rf"\S+ \S+ ERROR config: {path}: .+\n", outcome.err)
+    (line,) = errors(call(*mode.split(), "--config", str(path)))
+    assert line.startswith(f"config: {path}: ")
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != ["--selftest=config"]], ids=lambda mode: " ".join(mode) or "daemon")
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"proxmox": {"token_secret": ""}}, "proxmox.token_secret: is required"),
-        ({"proxmox": {"timeout_seconds": "10"}}, "proxmox.timeout_seconds: must be an integer"),
-        ({"proxmox": {"ca_file": "none.pem"}}, "proxmox.ca_file: {folder}/none.pem: No such file or directory"),
-        ({"cloudflared": {"unit": "--version"}}, "cloudflared.unit: must be the name of a systemd unit"),
-    ],
-    ids=["missing secret", "wrong type", "missing CA", "wrong unit"],
-)
-def test_configuration_that_cannot_be_used(
-    main: Run, write_config: Callable[..., Path], tmp_path: Path, mode: list[str], changes: Mapping[str, Any], problem: str
-) -> None:
-    outcome = main(*mode, "--config", write_config(**changes))
-    assert (outcome.status, outcome.out) == (WRONG, "")
-    assert outcome.err.endswith(f" ERROR config: {problem.format(folder=tmp_path)}\n")
+@ALL_MODES
+def test_invalid_configuration_has_a_line_for_each_problem(run: Run, mode: str) -> None:
+    outcome = run(
+        mode,
+        proxmox={"token_secret": "hunter 2", "timeout_seconds": "10"},
+        hub={"url": "http://hub.example.com", "api_key": "hunter 3"},
+        cloudflared={"unit": "--version"},
+    )
+    keys = ["cloudflared.unit", "proxmox.timeout_seconds", "proxmox.token_secret"]
+    keys += [] if mode == PROXMOX else ["hub.api_key", "hub.url"]
+    found = [re.match(r"config: (\S+): ", line) for line in errors(outcome)]
+    assert sorted(match[1] for match in found if match) == sorted(keys)
+    assert "hunter" not in outcome.err
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(mode) or "daemon")
-@pytest.mark.parametrize("as_ca", [False, True], ids=["configuration", "CA"])
-def test_fifo_is_refused_at_once(run: Run, write_config: Callable[..., Path], tmp_path: Path, mode: list[str], as_ca: bool) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    outcome = run(*mode, "--config", write_config(proxmox={"ca_file": str(fifo)}) if as_ca else fifo)
-    if as_ca and mode == ["--selftest=config"]:
-        assert outcome.status == OK  # it judges the configuration, and opens nothing else
+@ALL_MODES
+@pytest.mark.parametrize("section", ["proxmox", "hub"])
+def test_ca_file_is_read_at_the_start(run: Run, mode: str, section: str) -> None:
+    outcome = run(mode, **{section: {"ca_file": "/nonexistent/ca.pem"}})
+    if (mode, section) == (PROXMOX, "hub"):
+        assert outcome.status == OK
     else:
-        assert (outcome.status, outcome.out) == (WRONG, "")
-        assert f"{fifo}: is not a regular file" in outcome.err
+        (line,) = errors(outcome)
+        assert line.startswith(f"config: {section}.ca_file: /nonexistent/ca.pem: ")
 
 
-def test_environment_alone_is_enough(run: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub, tmp_path: Path) -> None:
-    path = tmp_path / "agent.json"
-    path.touch(mode=0o600)
-    path.write_text("{}", "utf-8")
-    outcome = run("--selftest=hub", **lab.environment(node, hub), FELHOM_AGENT_CONFIG=str(path))
-    assert outcome.status == OK
-    assert hub.reports == [outcome.document["report"]]
+# ---- the proxy -----------------------------------------------------------------------------------
+
+ELSEWHERE: Final = {"url": "https://hub.example.com"}
+BAD_PROXY: Final = "https://bob:hunter2@proxy.example.com:3128"
 
 
-# ---- self-tests -------------------------------------------------------------------------------------------------------------
+@ALL_MODES
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        *(BAD_PROXY, "socks5://bob:hunter2@proxy:1080", "proxy:3128", "http://proxy", "http://"),
+        *("http://bob:hunter2/3@proxy:3128", "http://bob:hunter@2@proxy:3128", "http://:3128"),
+        *("http://proxy:3128/path", "http://proxy:x"),
+    ],
+)
+def test_proxy_of_another_form_is_refused_at_the_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, proxy: str
+) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    outcome = run(mode, hub=ELSEWHERE)
+    if mode == PROXMOX:
+        assert outcome.status == OK
+    else:
+        (line,) = errors(outcome)
+        assert line.startswith("config: https_proxy: must be http://")
+    assert "hunter" not in outcome.err
 
 
-def test_selftest_of_proxmox_prints_the_report(run: Run, agent_config: Path, hub: lab.SimulatedHub) -> None:
-    outcome = run("--selftest=proxmox", "--config", agent_config)
+@pytest.mark.parametrize(
+    ("section", "variables"),
+    [
+        ({}, {"https_proxy": BAD_PROXY}),
+        (ELSEWHERE, {"https_proxy": BAD_PROXY, "no_proxy": "example.com"}),
+        (ELSEWHERE, {"http_proxy": BAD_PROXY, "all_proxy": BAD_PROXY}),
+        (ELSEWHERE, {"https_proxy": "http://127.0.0.1:3128"}),
+        (ELSEWHERE, {"HTTPS_PROXY": "http://bob:hunter%402@proxy.example.com:3128/"}),
+    ],
+    ids=["loopback", "no_proxy", "other variables", "http", "with password"],
+)
+def test_proxy_that_is_valid_or_not_used_is_no_problem(
+    run: Run, monkeypatch: pytest.MonkeyPatch, section: object, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    outcome = run(CONFIG, hub=section)
+    assert (outcome.status, outcome.err) == (OK, "")
+
+
+# ---- self-tests ----------------------------------------------------------------------------------
+
+
+def test_selftest_of_proxmox_prints_the_report(
+    run: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub
+) -> None:
+    outcome = run(PROXMOX)
     assert outcome.status == OK
     assert list(lab.report_schema().iter_errors(outcome.document)) == []
     assert outcome.document["cloudflared"] == {"status": "active"}
+    assert "9.2.11" in outcome.err
+    assert [request.method for request in node.requests] == ["GET"] * len(node.requests)
     assert hub.requests == []
 
 
-def test_selftest_of_proxmox_needs_no_hub(run: Run, write_config: Callable[..., Path]) -> None:
-    path = write_config()
-    document = json.loads(path.read_text("utf-8"))
-    for hub in (None, "x", {"url": "http://hub.example.com", "ca_file": "/none"}):
-        path.write_text(json.dumps({**document, "hub": hub}), "utf-8")
-        outcome = run("--selftest=proxmox", "--config", path)
-        assert outcome.status == OK
-        assert outcome.document["host"]["node"] == "pve1"
-
-
-def test_selftest_of_the_hub_prints_report_and_envelope(run: Run, agent_config: Path, hub: lab.SimulatedHub) -> None:
-    outcome = run("--selftest=hub", "--config", agent_config)
+@pytest.mark.parametrize("section", [None, {}, {"url": "http://h", "ca_file": "/x"}], ids=repr)
+def test_selftest_of_proxmox_needs_no_hub(call: Run, agent_config: Path, section: object) -> None:
+    document = {**json.loads(agent_config.read_text("utf-8")), "hub": section}
+    if section is None:
+        del document["hub"]
+    agent_config.write_text(json.dumps(document), "utf-8")
+    outcome = call(PROXMOX, "--config", str(agent_config))
     assert outcome.status == OK
-    assert outcome.document == {"report": hub.reports[0], "envelope": hub.envelope}
+    assert outcome.document["host"]["node"] == "pve1"
+    assert "host_id" not in outcome.document
+
+
+@COLLECTING
+def test_only_the_selftest_of_proxmox_judges_the_token_everywhere(
+    run: Run, node: lab.SimulatedNode, mode: str
+) -> None:
+    node.roles["Writer"] = ("Datastore.Audit", "Datastore.Allocate")
+    node.acl.append(("/storage/local", "Writer", True))
+    outcome = run(mode)
+    assert outcome.status == OK
+    assert ("Datastore.Allocate" in outcome.err) == (mode == PROXMOX)
+
+
+def test_selftest_of_the_hub_prints_report_and_envelope(run: Run, hub: lab.SimulatedHub) -> None:
+    outcome = run(HUB)
+    assert outcome.status == OK
+    fields = [item.name for item in dataclasses.fields(agent.ControlEnvelope)]
+    envelope = {**dict.fromkeys(fields), **hub.envelope}
+    assert outcome.document == {"report": hub.reports[0], "envelope": envelope}
     assert len(hub.requests) == 1
 
 
-@pytest.mark.parametrize("debug", [False, True], ids=["info", "debug"])
-def test_selftest_whose_report_fails_prints_the_report_and_why(run: Run, agent_config: Path, hub: lab.SimulatedHub, debug: bool) -> None:
-    hub.script("", lab.Forever(lab.Reply(503, "Out of order")))
-    outcome = run("--selftest=hub", "--config", agent_config, *(["--log-level=debug"] if debug else []))
-    assert outcome.status == FAILED
-    assert set(outcome.document) == {"report", "error"}
+@pytest.mark.skipif(os.path.lexists(agent.DEFAULT_PATH), reason="the default path exists here")
+def test_environment_alone_is_enough(
+    call: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in lab.environment(node, hub).items():
+        monkeypatch.setenv(name, value)
+    assert call(HUB).document["report"] == hub.reports[0]
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_selftest_whose_report_fails_prints_the_report_and_why_without_secrets(
+    run: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub, level: str
+) -> None:
+    # The hub cannot know the token's secret; if it does, it is not shown either.
+    hub.script("", lab.Reply(503, f"Bad keys {hub.api_key} {node.token_secret}"))
+    outcome = run(HUB, "--log-level", level)
+    assert (outcome.status, list(outcome.document)) == (FAILED, ["report", "error"])
     assert list(lab.report_schema().iter_errors(outcome.document["report"])) == []
-    assert "503 Out of order" in outcome.document["error"]
-    assert "503 Out of order" in outcome.err
-    assert hub.api_key not in outcome.out + outcome.err
+    for text in (outcome.document["error"], outcome.err):
+        assert "503 Bad keys *** ***" in text
+    for secret in (hub.api_key, node.token_secret):
+        assert secret not in outcome.out + outcome.err
 
 
-@pytest.mark.parametrize("mode", ["--selftest=proxmox", "--selftest=hub"])
+@COLLECTING
 @pytest.mark.parametrize(
     ("path", "answer"),
     [
         ("", lab.Reply(401, "Authentication failed!", None)),
-        ("/nodes/pve1/status", lab.Reply(403, "Permission check failed (/nodes/pve1, Sys.Audit)")),
-        ("/nodes/pve1/lxc$", lab.Reply(595, "Connection refused", None)),
-        ("/nodes/pve1/lxc$", lab.Cut()),
+        ("/nodes/pve1/status", lab.Reply(403, "Permission check failed (lab-hub-key)")),
+        ("/cluster/resources", lab.Cut()),
     ],
-    ids=["wrong token", "missing right", "pvedaemon down", "cut off"],
+    ids=["wrong token", "missing privilege", "cut off"],
 )
-def test_selftest_whose_collect_fails(
-    main: Run, agent_config: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub, mode: str, path: str, answer: lab.Answer
+def test_selftest_whose_collect_fails_prints_nothing(
+    run: Run, node: lab.SimulatedNode, mode: str, path: str, answer: lab.Answer
 ) -> None:
     node.script(path, lab.Forever(answer))
-    outcome = main(mode, "--config", agent_config)
+    outcome = run(mode)
     assert (outcome.status, outcome.out) == (FAILED, "")
-    assert " ERROR GET /" in outcome.err
+    assert outcome.err.count(" ERROR GET /") == 1
+    assert "lab-hub-key" not in outcome.err
     assert node.token_secret not in outcome.err
-    assert hub.requests == []
 
 
-def test_selftest_without_a_server(main: Run, write_config: Callable[..., Path]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    outcome = main("--selftest=proxmox", "--config", write_config(proxmox={"url": f"https://127.0.0.1:{port}"}))
-    assert (outcome.status, outcome.out) == (FAILED, "")
-    assert "connection refused" in outcome.err
+class Broken:
+    """A collector with a bug."""
+
+    def collect(self, **_options: object) -> agent.HostReport:
+        raise ZeroDivisionError
 
 
-# ---- the daemon -------------------------------------------------------------------------------------------------------------
+def test_bug_in_a_selftest_fails_without_a_report(log: pytest.LogCaptureFixture) -> None:
+    hub = agent.HubClient(agent.HubConfig(url="http://127.0.0.1:1", api_key="key"), logger=LOG)
+    assert agent.selftest(cast(agent.Collector, Broken()), hub, []) == FAILED
+    ((level, text),) = messages(log)
+    assert (level, "bug in the agent" in text) == ("ERROR", True)
+
+
+# ---- the daemon ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the daemon, its log in `daemon.log` unless it is to go elsewhere; it is ended at the latest with the test."""
+def start(tmp_path: Path, write_config: Callable[..., Path]) -> Iterator[Callable[..., Daemon]]:
+    """Start the agent as a process, which is ended at the latest with the test."""
     with contextlib.ExitStack() as stack:
 
         def start_daemon(
-            config: Path, *arguments: str, prefix: Sequence[str] = (), log: IO[str] | int | None = None
-        ) -> subprocess.Popen[str]:
-            command: list[str | Path] = [*prefix, sys.executable, MODULE, "--config", config, *arguments]
-            target = stack.enter_context((tmp_path / "daemon.log").open("w", encoding="utf-8")) if log is None else log
-            daemon = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=target, text=True)
-            stack.enter_context(daemon)
-            stack.callback(daemon.kill)
-            return daemon
+            *arguments: str, changes: dict[str, Any] | None = None, **options: Any
+        ) -> Daemon:
+            config = write_config(**(changes or {}))
+            return stack.enter_context(
+                Daemon(tmp_path, config, *arguments, stepped=False, **options)
+            )
 
         yield start_daemon
 
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Daemon]
 
 
-def assert_ends(daemon: subprocess.Popen[str], *numbers: signal.Signals) -> None:
-    """It ends with 0 within a second, and has said nothing on standard output."""
+def await_blocked(daemon: Daemon) -> None:
+    """Return once it has started and sleeps in a system call.
+
+    A signal just before such a call interrupts nothing, so Python would notice it only afterwards.
+    """
+    state, deadline = Path(f"/proc/{daemon.process.pid}/stat"), time.monotonic() + 10
+    while " INFO started " not in daemon.log.read_text("utf-8") or ") S " not in state.read_text():
+        assert time.monotonic() < deadline, "it is always busy"
+
+
+def assert_ends(daemon: Daemon, *numbers: signal.Signals) -> None:
+    """It ends with 0 within a second, says so, and has printed nothing on standard output."""
+    await_blocked(daemon)
     sent = time.monotonic()
-    for number in numbers:
-        daemon.send_signal(number)
-    out, _ = daemon.communicate(timeout=10)
-    assert (daemon.returncode, out) == (0, "")
+    for number in numbers or [signal.SIGTERM]:
+        daemon.process.send_signal(number)
+    out, _ = daemon.process.communicate(timeout=10)
+    assert (daemon.process.returncode, out) == (OK, "")
     assert time.monotonic() - sent < 1
+    log = daemon.log.read_text("utf-8")
+    assert " INFO stopped by SIG" in log.splitlines()[-1]
+    assert log.count("stopped") == 1
 
 
-SIGNALS: Final = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-
-
-@SIGNALS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_wait(
-    start: Start, agent_config: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub, tmp_path: Path, number: signal.Signals
+    start: Start, node: lab.SimulatedNode, hub: lab.SimulatedHub, number: signal.Signals
 ) -> None:
-    daemon = start(agent_config, "--log-level=debug")
+    daemon = start("--log-level=debug")
     hub.wait_for_reports(1, 10)
     assert_ends(daemon, number)
-    log = (tmp_path / "daemon.log").read_text("utf-8")
-    assert log.splitlines()[0].endswith(f" INFO started version=0.3.0 host_id=pve1 url={hub.url} interval=900")
-    assert log.splitlines()[-1].endswith(f" INFO stopped by {number.name}")
+    log = daemon.log.read_text("utf-8")
+    first, *_, last = log.splitlines()
+    assert first.endswith(f"version=0.3.0 host_id=pve1 url={hub.url} interval=900")
+    assert last.endswith(number.name)
     assert node.token_secret not in log
     assert hub.api_key not in log
+    daemon.receive_status()
+    assert daemon.notified[-1] == "STOPPING=1"
     assert len(hub.reports) == 1
 
 
-@SIGNALS
+SLOW: Final = pytest.mark.parametrize(
+    "answer",
+    [lab.Stall(), lab.Drip(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + b"x" * 99, 0.2)],
+    ids=["silent", "dripping"],
+)
+
+
+@SLOW
 @pytest.mark.parametrize("answered", range(5))
-def test_signal_ends_the_wait_for_proxmox(
-    start: Start, agent_config: Path, node: lab.SimulatedNode, answered: int, number: signal.Signals
+def test_signal_ends_a_request_to_proxmox(
+    start: Start, node: lab.SimulatedNode, answered: int, answer: lab.Answer
 ) -> None:
-    node.script("", *[lab.Usual()] * answered, lab.Forever(lab.Stall()))
-    daemon = start(agent_config)
+    node.script("", *[lab.Usual()] * answered, lab.Forever(answer))
+    daemon = start()
     node.wait_for_requests(answered + 1, 10)
-    assert_ends(daemon, number)
+    assert_ends(daemon)
 
 
-# The command line as it is, but for a wait in which a signal comes while an object is finalized: what is raised there is lost.
-FINALIZED: Final = """
-import functools, os, signal, sys, time
-import felhom_agent as agent
+@SLOW
+def test_signal_ends_a_request_to_the_hub(
+    start: Start, hub: lab.SimulatedHub, answer: lab.Answer
+) -> None:
+    hub.script("", lab.Forever(answer))
+    daemon = start()
+    hub.wait_for_requests(1, 10)
+    assert_ends(daemon)
 
-class Finalized:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
 
-def wait(seconds):
-    Finalized()
-    time.sleep(seconds)
+@pytest.mark.parametrize("section", ["proxmox", "hub"])
+def test_signal_ends_a_connect_that_nobody_accepts(start: Start, section: str) -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        # Fills the queue: from then on the kernel lets nobody in and says nothing.
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        assert_ends(start(changes={section: {"url": url}}))
 
-agent.Loop = functools.partial(agent.Loop, wait=wait)
-sys.exit(agent.main(sys.argv[1:]))
+
+@pytest.mark.parametrize("section", ["proxmox", "hub", "proxy"])
+def test_signal_ends_a_handshake(start: Start, section: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        changes = {section: {"url": f"https://{address}"}}
+        if section == "proxy":
+            changes = {"hub": ELSEWHERE}
+        daemon = start(changes=changes, environment={"https_proxy": f"http://{address}"})
+        with listener.accept()[0] as connection:
+            connection.settimeout(10)
+            # A proxy gets CONNECT, a server a TLS handshake.
+            assert connection.recv(1) == (b"C" if section == "proxy" else b"\x16")
+            assert_ends(daemon)
+
+
+def test_signal_ends_the_wait_for_systemctl(start: Start, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "running")
+    daemon = start(systemctl="echo here >running\nexec sleep 60")
+    assert (tmp_path / "running").read_text("utf-8") == "here\n"
+    assert_ends(daemon)
+
+
+@pytest.mark.parametrize("numbers", ["TERM TERM", "TERM INT", "STOP TERM INT CONT"])
+def test_second_signal_does_not_break_the_end(
+    start: Start, hub: lab.SimulatedHub, numbers: str
+) -> None:
+    daemon = start()
+    hub.wait_for_reports(1, 10)
+    assert_ends(daemon, *(signal.Signals[f"SIG{name}"] for name in numbers.split()))
+    assert "Traceback" not in daemon.log.read_text("utf-8")
+
+
+@pytest.mark.parametrize("kind", ["full disk", "no reader", "closed"])
+def test_log_that_takes_nothing_does_not_stop_the_heartbeat(
+    start: Start, node: lab.SimulatedNode, hub: lab.SimulatedHub, kind: str
+) -> None:
+    # Something to warn of.
+    node.script("/nodes/pve1/lxc", lab.Reply(500, "x"))
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open("/dev/full", "wb") as full, open(write_end, "wb") as pipe:
+        stderr = {"full disk": full.fileno(), "no reader": pipe.fileno()}.get(kind)
+        daemon = start(stderr=stderr, shell="" if stderr else 'exec "$@" 2>&-')
+        hub.wait_for_reports(1, 10)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(10) in (OK, UNFLUSHED)
+
+
+# Ends a Python that writes a file or runs anything but systemctl.
+SITECUSTOMIZE: Final = """
+import os, sys
+CHANGES = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.remove"}
+COMMANDS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork"}
+def watch(event, arguments):
+    if event == "open" and arguments[0] != os.devnull:
+        if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            os._exit(99)
+    if event in CHANGES:
+        os._exit(98)
+    if event in COMMANDS or event == "subprocess.Popen" and arguments[0] != "systemctl":
+        os._exit(97)
+sys.addaudithook(watch)
 """
 
 
-def test_signal_in_a_finalizer_ends_it_too(agent_config: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
-    command = [sys.executable, "-c", FINALIZED, "--config", str(agent_config)]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=10, check=True)
-    assert done.stderr.splitlines()[-1].endswith(" INFO stopped by SIGTERM")
-
-
-@SIGNALS
-def test_signal_ends_the_wait_for_the_hub(start: Start, agent_config: Path, hub: lab.SimulatedHub, number: signal.Signals) -> None:
-    hub.script("", lab.Forever(lab.Stall()))
-    daemon = start(agent_config)
-    hub.wait_for_requests(1, 10)
-    assert_ends(daemon, number)
-
-
-@pytest.fixture
-def silent() -> Iterator[socket.socket]:
-    """Listens, and accepts nobody."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
-        yield listener
-
-
-@pytest.mark.parametrize("accept", [False, True], ids=["never accepts", "handshake stalls"])
-@pytest.mark.parametrize("section", ["proxmox", "hub"])
-def test_signal_ends_the_handshake(
-    start: Start, write_config: Callable[..., Path], silent: socket.socket, section: str, accept: bool
+@ALL_MODES
+def test_no_file_is_written_and_no_command_run_but_systemctl(
+    start: Start, hub: lab.SimulatedHub, tmp_path: Path, mode: str
 ) -> None:
-    url = f"https://127.0.0.1:{silent.getsockname()[1]}"
-    daemon = start(write_config(**{section: {"url": url}}))
-    assert select.select([silent], [], [], 10)[0]
-    with silent.accept()[0] if accept else contextlib.nullcontext() as connection:
-        if connection:
-            connection.settimeout(10)
-            assert connection.recv(1)[0] == 22  # a TLS handshake has begun
-        assert_ends(daemon, signal.SIGTERM)
-
-
-def test_signal_ends_the_wait_for_a_connection(start: Start, write_config: Callable[..., Path], tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(3):  # fills the queue, then the kernel lets nobody in and says nothing
-            sock = stack.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())
-        log, write_end = os.pipe()
-        stack.callback(os.close, log)
-        daemon = start(write_config(proxmox={"url": f"https://127.0.0.1:{listener.getsockname()[1]}"}), log=write_end)
-        os.close(write_end)
-        assert b"started" in os.read(log, 4096)
-        assert_ends(daemon, signal.SIGTERM)
-
-
-def test_signal_ends_the_wait_for_systemctl(start: Start, agent_config: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    running = tmp_path / "running"
-    os.mkfifo(running)
-    script = f"#!/bin/sh\necho here >{running}\nexec {shutil.which('sleep')} 60\n"
-    (Path(environment["PATH"]) / "systemctl").write_text(script, "utf-8")
-    daemon = start(agent_config)
-    assert running.read_text("utf-8") == "here\n"
-    assert_ends(daemon, signal.SIGTERM)
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [[signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT], [signal.SIGINT, signal.SIGTERM, signal.SIGINT]],
-    ids=lambda numbers: " ".join(number.name for number in numbers),
-)
-@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
-def test_second_signal_does_not_break_the_end(
-    start: Start, agent_config: Path, hub: lab.SimulatedHub, tmp_path: Path, numbers: list[signal.Signals], together: bool
-) -> None:
-    daemon = start(agent_config)
-    hub.wait_for_reports(1, 10)
-    assert_ends(daemon, *([signal.SIGSTOP, *numbers, signal.SIGCONT] if together else numbers))
-    log = (tmp_path / "daemon.log").read_text("utf-8")
-    assert "Traceback" not in log
-    assert log.count(" INFO stopped by ") == 1
-
-
-def open_log(kind: str, stack: contextlib.ExitStack) -> int:
-    """A standard error that takes nothing."""
-    if kind == "full disk":
-        descriptor = os.open("/dev/full", os.O_WRONLY)
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE, "utf-8")
+    # To which the ssl module would write what decrypts each connection.
+    environment = {"SSLKEYLOGFILE": str(tmp_path / "keys")}
+    environment["PYTHONPATH"] = f"{tmp_path}:{MODULE.parent}"
+    daemon = start(*mode.split(), environment=environment)
+    if mode:
+        daemon.process.communicate(timeout=10)
     else:
-        read_end, descriptor = os.pipe()
-        if kind == "pipe that nobody reads":
-            stack.callback(os.close, read_end)
-            os.set_blocking(descriptor, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(descriptor, b"x" * 4096)
-            os.set_blocking(descriptor, True)
-        else:
-            os.close(read_end)
-    stack.callback(os.close, descriptor)
-    return descriptor
-
-
-@pytest.mark.parametrize("kind", ["full disk", "pipe that nobody reads", "pipe without a reader", "closed"])
-def test_log_that_takes_nothing_does_not_stop_the_heartbeat(
-    start: Start, agent_config: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub, kind: str
-) -> None:
-    node.script("/nodes$", lab.Forever(lab.Reply(500, "x")))  # something to warn of
-    with contextlib.ExitStack() as stack:
-        closing = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh"] if kind == "closed" else []
-        log = subprocess.DEVNULL if kind == "closed" else open_log(kind, stack)
-        daemon = start(agent_config, "--log-level=debug", prefix=closing, log=log)
         hub.wait_for_reports(1, 10)
-        assert_ends(daemon, signal.SIGTERM)
-
-
-# ---- the environment --------------------------------------------------------------------------------------------------------
-
-
-def test_resolver_is_given_little_time(main: Run, agent_config: Path) -> None:
-    assert main("--selftest=config", "--config", agent_config).status == OK
-    assert os.environ["RES_OPTIONS"] == "timeout:2 attempts:1"
-
-
-def test_resolver_options_of_the_operator_stay(main: Run, agent_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RES_OPTIONS", "timeout:5")
-    assert main("--selftest=config", "--config", agent_config).status == OK
-    assert os.environ["RES_OPTIONS"] == "timeout:5"
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
-
-
-@pytest.mark.parametrize("mode", ["--selftest=proxmox", "--selftest=hub"])
-def test_no_file_is_written(
-    environment: dict[str, str], write_config: Callable[..., Path], hub: lab.SimulatedHub, tmp_path: Path, mode: str
-) -> None:
-    program = tmp_path / MODULE.name
-    shutil.copy(MODULE, program)
-    config = write_config(proxmox={"timeout_seconds": 9})
-    env = environment | {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_STATE_HOME")}
-    env["SSLKEYLOGFILE"] = str(tmp_path / "keys")  # to which the ssl module would write what decrypts each connection
-    before = contents(tmp_path)
-    tmp_path.chmod(0o555)
-    try:
-        command: list[str | Path] = [sys.executable, "-c", WRITE_OR_DIE, program, mode, "--config", config, "--log-level=debug"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False)
-    finally:
-        tmp_path.chmod(0o755)
-    assert (done.returncode, contents(tmp_path)) == (OK, before), done.stderr
-    assert json.loads(done.stdout)
-
-
-def test_secret_is_not_shown_when_the_other_server_sends_it(
-    run: Run, agent_config: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub
-) -> None:
-    node.script("/nodes/pve1/status", lab.Forever(lab.Reply(500, f"Bad key {hub.api_key}")))
-    outcome = run("--selftest=hub", "--config", agent_config)
-    assert (outcome.status, outcome.out) == (FAILED, "")
-    assert "Bad key ***" in outcome.err
-    assert hub.api_key not in outcome.err
-
-
-def test_secrets_are_not_shown_when_they_come_back(run: Run, agent_config: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> None:
-    hub.script("", lab.Forever(lab.Reply(500, f"Bad key {hub.api_key}")))
-    outcome = run("--selftest=hub", "--log-level=debug", "--config", agent_config)
-    assert outcome.status == FAILED
-    assert "Bad key ***" in outcome.document["error"]
-    assert hub.api_key not in outcome.out + outcome.err
-    assert node.token_secret not in outcome.out + outcome.err
-
-
-class Broken:
-    """A collector with a fault of its own, which quotes a secret."""
-
-    def collect(self) -> felhom_agent.HostReport:
-        raise ZeroDivisionError("hunter2hunter2")
-
-
-def test_fault_of_the_agent_in_a_selftest_shows_no_secret(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    formatter = felhom_agent.LineFormatter(journal=False)
-    formatter.secrets = felhom_agent.secret_forms("hunter2hunter2")
-    handler = felhom_agent.StderrHandler()
-    handler.setFormatter(formatter)
-    monkeypatch.setattr(felhom_agent.LOG, "handlers", [handler])
-    hub = felhom_agent.HubClient(felhom_agent.HubConfig(url="http://127.0.0.1:1", api_key="a-key"), logger=felhom_agent.LOG)
-    assert felhom_agent.selftest(cast(felhom_agent.Collector, Broken()), hub) == 1
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    assert "ZeroDivisionError: ***" in shown.err
-    assert "hunter2" not in shown.err
+        assert_ends(daemon)
+    assert daemon.process.returncode == OK
+    names = ["agent.json", "commands", "log", "notify", "sitecustomize.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
