@@ -1,9 +1,10 @@
-"""Lets the daemon's own loop run against the lab for minutes, with a fault of `faults.py` in every other cycle.
+"""Runs the agent's loop for minutes against a simulated node and hub that fail at random.
 
-    ./build.sh soak 10                  for ten minutes, 2 by default
-    ./build.sh soak 10 --seed 1234      once more what the run with this seed did
+    ./build.sh soak 10                  for ten minutes; the default is 2
+    ./build.sh soak 10 --seed 1234      with the faults of the run that had this seed
 
-Ends with exit status 1 where a cycle without a fault failed, a cycle took too long, or descriptors or memory grew.
+Every other cycle has a fault.  Exits with 1 if a cycle without one failed, a cycle took too long, a
+report broke the contract, a secret was logged, or memory, threads or descriptors grew.
 """
 
 from __future__ import annotations
@@ -11,124 +12,140 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import io
+import logging
 import os
 import random
+import resource
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import faults
 import felhom_agent as agent
 import lab
+from support import LOG, SOON, Prober, make_collector, make_hub_client
 
-INTERVAL_SECONDS: Final = 0.05  # users cannot go below a minute
-M_ARENA_MAX: Final = -8  # mallopt(3)
-WARM_UP_CYCLES: Final = 40
-LONGEST_SECONDS: Final = 10.0
-MEMORY_GROWTH_BYTES: Final = 32 << 20  # with that of the simulated servers, which are in this process
+LONGEST_SECONDS: Final = (agent.COLLECT_TIMEOUTS + 1) * SOON + 2
+WARM_UP_CYCLES: Final = 100
+# Together with the simulated servers, which are in this process.
+MEMORY_GROWTH_KIB: Final = 32 << 10
+
+STATUSES: Final = (202, 204, 301, 400, 401, 403, 404, 413, 429, 500, 501, 503, 520, 595)
+BODIES: Final = (
+    *(b"", b"<html>", b"null", b"[]", b"{}", b'{"data":null}', b'{"data":[[],1,{}]}', b'"\xff"'),
+    *(b'{"data":[{"type":"node","node":"pve1"}]}', b'{"data":{"/vms":[]}}', b"[" * 100_000),
+    b" " * (9 << 20),
+)
+CHUNKED: Final = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffff\r\n{"
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
+def garble(chance: random.Random, data: bytes) -> bytes:
+    garbled = bytearray(data)
+    for _ in range(chance.randint(1, 20)):
+        garbled[chance.randrange(len(data))] = chance.randrange(256)
+    return bytes(garbled)
 
 
-class Over(Exception):
-    """The time is up."""
+def random_answer(chance: random.Random, usual: bytes, secret: str) -> lab.Answer:
+    """Return a wrong answer; `usual` is the right body, `secret` what the client sent."""
+    response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(usual), usual)
+    headers = {"Retry-After": "30", "Location": f"https://elsewhere.example/{secret}"}
+    answers = (
+        lab.Reply(chance.choice(STATUSES), secret, headers=headers),
+        lab.Reply(body=chance.choice(BODIES)),
+        lab.Reply(body=garble(chance, usual)),
+        lab.Raw(garble(chance, response)),
+        lab.Raw(response[: chance.randrange(len(response))]),
+        *(lab.Raw(CHUNKED), lab.Drip(response), lab.Stall(), lab.Cut()),
+    )
+    return chance.choice(answers)
 
 
-@dataclass(slots=True)
-class Soak:
-    """The loop's wait, clock and ear: between two cycles it judges the one and prepares the other."""
+@contextlib.contextmanager
+def fault(chance: random.Random, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> Iterator[str]:
+    """Break something at random for as long as the context lasts, and say what."""
+    server: lab.Server = chance.choice((node, node, node, hub))
+    # One of the last cycle's requests.
+    request = chance.choice(server.requests)
+    usual = lab.json_reply(hub.envelope) if server is hub else node.answer(request)
+    secret = hub.api_key if server is hub else node.token_secret
+    answer = random_answer(chance, usual.body or b"{}", secret)
+    path = request.path.removeprefix(server.base)
+    server.script(path, chance.choice((answer, lab.Forever(answer))))
+    try:
+        yield f"{path}: {answer}"[:300]
+    finally:
+        server.clear_script()
 
-    parts: faults.Agent
-    ends: float
-    chance: random.Random
-    cycles: int = 0
-    reports: int = 0
-    longest_seconds: float = 0.0
-    began: float = 0.0
-    fault: faults.Fault | None = None
-    broken: faults.Breakable | None = None
-    problems: list[str] = field(default_factory=list)
-    memory_bytes: tuple[int, int] = (0, 0)  # once warm, and after the last cycle
 
-    def wait(self, _seconds: float) -> None:
-        took = time.monotonic() - self.began
-        accepted = len(self.parts.hub.reports)
-        self.cycles += 1
-        self.reports += accepted
-        self.longest_seconds = max(self.longest_seconds, took)
-        name = self.fault.name if self.fault else "no fault"
-        if took > LONGEST_SECONDS:
-            self.problems.append(f"cycle {self.cycles} ({name}) took {took:.1f} s")
-        if self.fault is None and accepted != 1:
-            self.problems.append(f"cycle {self.cycles} ({name}) failed: {'; '.join(self.parts.log.lines[-3:])}")
-        if self.broken and self.fault:
-            self.broken.mend(self.fault)
-        for kept in (
-            self.parts.node.requests,
-            self.parts.hub.requests,
-            self.parts.hub.reports,
-            self.parts.hub.rejected,
-            self.parts.log.lines,
-        ):
-            kept.clear()
-        if self.cycles % 2 == 0:  # the last one was without a fault, so nothing is under way
-            now = resident_bytes()
-            self.memory_bytes = (now if self.cycles <= WARM_UP_CYCLES else self.memory_bytes[0], now)
-            if time.monotonic() > self.ends and self.cycles > WARM_UP_CYCLES:
-                raise Over
-        self.prepare()
-
-    def prepare(self) -> None:
-        self.fault = self.broken = None
-        if self.cycles % 2 == 0:
-            self.fault = self.chance.choice(faults.FAULTS)
-            place = self.chance.choice([place for place in faults.PLACES if place not in ("version", "permissions")])
-            self.broken = self.parts.hub if place == "hub" else self.parts.node
-            self.broken.arm(self.fault, place)
-        self.began = time.monotonic()
+def soak(
+    node: lab.SimulatedNode, hub: lab.SimulatedHub, seconds: float, chance: random.Random
+) -> Iterator[str]:
+    """Run cycles until the time is over, and yield each problem."""
+    prober, extras = Prober(), ("qemu", "storage", "backups")
+    collector = make_collector(node, prober, timeout_seconds=SOON, extras=extras)
+    client = make_hub_client(hub, timeout_seconds=SOON)
+    seams: dict[str, Any] = {"wait": lambda _: None, "notify": lambda *_: None}
+    loop = agent.Loop(collector, client, 900, logger=LOG, **seams)
+    end, failed = time.monotonic() + seconds, 0
+    # For each cycle the most memory so far, in KiB.
+    peaks: list[int] = []
+    while time.monotonic() < end or len(peaks) <= WARM_UP_CYCLES:
+        broken = fault(chance, node, hub) if len(peaks) % 2 else contextlib.nullcontext("no fault")
+        prober.state = chance.choice(("active", OSError("no systemctl")))
+        log = io.StringIO()
+        LOG.handlers = [logging.StreamHandler(log)]
+        with broken as name:
+            for kept in (node.requests, hub.requests, hub.reports, hub.rejected):
+                kept.clear()
+            began = time.monotonic()
+            loop.run(1)
+            took = time.monotonic() - began
+        lines = log.getvalue()
+        problems = {
+            f"took {took:.1f} s": took > LONGEST_SECONDS,
+            "no report": name == "no fault" and not hub.reports,
+            f"report refused: {hub.rejected}": hub.rejected,
+            "bug in the agent": "Traceback" in lines,
+            "secret in the log": node.token_secret in lines or hub.api_key in lines,
+        }
+        for problem in filter(problems.get, problems):
+            yield f"{name}: {problem}\n{lines}"
+        failed += not hub.reports
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    growth = peaks[-1] - peaks[WARM_UP_CYCLES]
+    print(f"{len(peaks)} cycles, {failed} of them failed, memory grew by {growth} KiB")
+    if growth > MEMORY_GROWTH_KIB:
+        yield "memory grew"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="soak", description="Runs the agent against a lab in which every other cycle goes wrong.")
+    parser = argparse.ArgumentParser(prog="soak", description="Run the agent with random faults.")
     parser.add_argument("minutes", type=float, nargs="?", default=2.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     arguments = parser.parse_args(argv)
-    print(f"{arguments.minutes:g} minutes with --seed {arguments.seed}, a fault in every other cycle, {len(faults.FAULTS)} to choose from")
-
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # else each thread of the simulated servers keeps a heap of its own
+    print(f"{arguments.minutes:g} minutes with --seed {arguments.seed}", flush=True)
+    # M_ARENA_MAX of mallopt(3): else each thread of the servers keeps a heap of its own.
+    ctypes.CDLL(None).mallopt(-8, 1)
+    LOG.setLevel(logging.DEBUG)
+    count = 0
     with tempfile.TemporaryDirectory(prefix="felhom-soak-") as folder:
-        certificates = lab.make_certificates(Path(folder) / "node")
-        hub_certificates = lab.make_certificates(Path(folder) / "hub", generation="current")
-        faults.order()
-        files = len(os.listdir("/proc/self/fd"))
-        with faults.running(certificates, hub_certificates) as parts:
-            parts.hub.envelope = {}  # which would lengthen the interval
-            soak = Soak(parts, time.monotonic() + 60 * arguments.minutes, random.Random(arguments.seed))
-            loop = agent.Loop(
-                parts.collector, parts.client, INTERVAL_SECONDS, logger=parts.logger, wait=soak.wait, tell=lambda _status, _seconds: None
-            )
-            soak.prepare()
-            with contextlib.suppress(Over):
-                loop.run()
-        files_now = len(os.listdir("/proc/self/fd"))
-
-    memory, memory_now = soak.memory_bytes
-    print(f"{soak.cycles} cycles, {soak.reports} reports received, longest cycle {soak.longest_seconds:.2f} s")
-    print(f"memory {memory >> 20} MiB after {WARM_UP_CYCLES} cycles, {memory_now >> 20} MiB at the end")
-    print(f"descriptors {files} at the start, {files_now} at the end")
-    if memory_now - memory > MEMORY_GROWTH_BYTES:
-        soak.problems.append("memory grew")
-    if files_now > files:
-        soak.problems.append("descriptors were not closed")
-    for problem in soak.problems:
-        print(f"problem: {problem}")
-    return 1 if soak.problems else 0
+        certificates = lab.make_certificates(Path(folder), generation="current")
+        # Descriptors and threads.
+        before = len(os.listdir("/proc/self/fd")) + threading.active_count()
+        with lab.SimulatedNode(certificates) as node, lab.SimulatedHub(certificates) as hub:
+            hub.envelope = {"poll_interval_seconds": 900}
+            seconds = 60 * arguments.minutes
+            for problem in soak(node, hub, seconds, random.Random(arguments.seed)):
+                print(problem, flush=True)
+                count += 1
+        left = len(os.listdir("/proc/self/fd")) + threading.active_count() - before
+    print(f"{left} descriptors and threads left, {count} problems")
+    return 1 if count or left else 0
 
 
 if __name__ == "__main__":
