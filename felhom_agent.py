@@ -87,7 +87,7 @@ class HTTPError(AgentError):
 
 def sanitize(text: str, secrets: Iterable[str] = (), maximum: int = 300) -> str:
     """Return `text` as one printable line of limited length, with the secrets masked."""
-    for secret in filter(None, secrets):
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
         encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
         text = text.replace(secret, "***").replace(encoded, "***")
     text = text if len(text) <= maximum else text[:maximum] + "…"
@@ -192,7 +192,7 @@ FORMS: Final = {
     "proxmox.ca_file": ABSOLUTE,
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
     "proxmox.timeout_seconds": TIMEOUT,
-    "proxmox.extras": (r"((qemu|storage|backups)(,|$))*", "a list of qemu, storage, backups"),
+    "proxmox.extras": (r"((qemu|storage|backups)( |$))*", "a list of qemu, storage, backups"),
     "hub.url": (
         f"({HOST}|http://{LOOPBACK}){PATH}",
         "https://host[:port][/path], in ASCII (xn--…)",
@@ -300,7 +300,7 @@ def load_section(
         LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
     for name, default in values.items():
         key, expected_type = f"{section}.{name}", type(default)
-        value = given.get(name, default)
+        value = default if given.get(name, "") == "" else given[name]
         variable = f"FELHOM_AGENT_{section}_{name}".upper()
         if text := environ.get(variable, ""):
             try:
@@ -316,12 +316,12 @@ def load_section(
         # The sandboxed service cannot see /etc/pve; systemd hands it the file as a credential.
         credential = find_credential(environ, os.path.basename(value)) if name == "ca_file" else ""
         values[name] = credential or value
-        text = ",".join(value) if expected_type is tuple else str(value)
+        text = " ".join(value) if expected_type is tuple else str(value)
         pattern, expected = FORMS[key]
         if not re.fullmatch(pattern, text, re.ASCII):
             problems[key] = f"must be {expected}" if text else "is required"
             # Any other URL may have a secret in it.
-            if re.fullmatch(HOST + PATH, text.replace("http:", "https:"), re.ASCII):
+            if re.fullmatch(HOST.replace("https", "http") + PATH, text, re.ASCII):
                 problems[key] = f"must be https, got {text}"
     return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
 
@@ -688,11 +688,10 @@ class Client:
         self.timeout_seconds = config.timeout_seconds
         self.context = build_context(f"{self.section}.ca_file", config.ca_file)
         self.secret = secret
-        self.headers = {
-            "Authorization": authorization,
-            "Accept": "application/json",
-            "User-Agent": f"felhom-agent/{__version__}",
-        }
+        agent = f"felhom-agent/{__version__}"
+        self.headers = {"Authorization": authorization, "User-Agent": agent}
+        # For the time limit in `request`.
+        signal.signal(signal.SIGALRM, expire)
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response, its body unread."""
@@ -713,7 +712,6 @@ class Client:
             # A socket's timeout applies to each read, so a slow server could take for ever.  The
             # alarm bounds all of it, CONNECT included.  It comes again each second: an exception
             # in a finalizer is lost, and one in a connect only leads to the next address.
-            signal.signal(signal.SIGALRM, expire)
             signal.setitimer(signal.ITIMER_REAL, seconds, 1)
             try:
                 with self.send(method, path, body) as response:
@@ -1168,7 +1166,7 @@ class HubClient(Client):
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
         super().__init__(config, f"Bearer {config.api_key}", config.api_key)
-        self.headers["Content-Type"] = "application/json"
+        self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
         key = "check hub.api_key and hub.host_id"
         path = f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub is running"
         gateway = "the web server in front of the hub cannot reach it"
@@ -1327,8 +1325,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(formatter)
     LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(arguments.log_level.upper())
-    # A standard error that cannot be written to is no reason to stop.
-    logging.raiseExceptions = False
     hub = None
     try:
         config = load_config(arguments.config, os.environ)
@@ -1386,7 +1382,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
 
     def stop(number: int, _: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)
         # Not an Exception, so nothing catches it on its way.
         raise SystemExit(signal.Signals(number).name)
 
