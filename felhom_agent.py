@@ -193,14 +193,8 @@ FORMS: Final = {
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
     "proxmox.timeout_seconds": TIMEOUT,
     "proxmox.extras": (r"((qemu|storage|backups)( |$))*", "a list of qemu, storage, backups"),
-    "hub.url": (
-        f"({HOST}|http://{LOOPBACK}){PATH}",
-        "https://host[:port][/path], in ASCII (xn--…)",
-    ),
-    "hub.host_id": (
-        r"(?!\s)[^\x00-\x1f\x7f\ud800-\udfff]{1,255}(?<!\s)",
-        "1 to 255 characters, without spaces at the ends",
-    ),
+    "hub.url": (f"({HOST}|http://{LOOPBACK}){PATH}", "https://host[:port][/path] (xn--…)"),
+    "hub.host_id": (r"\S(.{0,253}\S)?", "1 to 255 characters, without spaces at the ends"),
     "hub.api_key": SECRET,
     "hub.poll_seconds": (r"-?[0-9]+", "an integer"),
     "hub.timeout_seconds": TIMEOUT,
@@ -650,22 +644,6 @@ class HTTPSHandler(urllib.request.HTTPSHandler):
         return self.do_open(Connection, req, context=self._context)  # type: ignore
 
 
-def build_context(key: str, ca_file: str) -> ssl.SSLContext:
-    """Return a context that checks chain and host name.  Raises ConfigError.
-
-    Unlike ssl.create_default_context it reads no SSLKEYLOGFILE, and does not set
-    VERIFY_X509_STRICT on Python 3.13, which most CAs made by Proxmox before March 2026 fail.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(ca_file) if ca_file else context.load_default_certs()
-    except OSError as exc:
-        problem = "no PEM certificate in it" if isinstance(exc, ssl.SSLError) else exc.strerror
-        raise ConfigError(f"config: {key}: {sanitize(ca_file)}: {problem}") from None
-    return context
-
-
 def expire(*_: object) -> None:
     """Raise TimeoutError (the handler of SIGALRM)."""
     raise TimeoutError("timed out")
@@ -686,7 +664,19 @@ class Client:
         self.url = config.url.rstrip("/")
         self.address = urllib.parse.urlsplit(config.url).netloc
         self.timeout_seconds = config.timeout_seconds
-        self.context = build_context(f"{self.section}.ca_file", config.ca_file)
+        # Unlike ssl.create_default_context this reads no SSLKEYLOGFILE, and does not set
+        # VERIFY_X509_STRICT on Python 3.13, which most CAs of Proxmox before March 2026 fail.
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            if config.ca_file:
+                self.context.load_verify_locations(config.ca_file)
+            else:
+                self.context.load_default_certs()
+        except OSError as exc:
+            problem = "no PEM certificate in it" if isinstance(exc, ssl.SSLError) else exc.strerror
+            shown = f"{self.section}.ca_file: {sanitize(config.ca_file)}"
+            raise ConfigError(f"config: {shown}: {problem}") from None
         self.secret = secret
         agent = f"felhom-agent/{__version__}"
         self.headers = {"Authorization": authorization, "User-Agent": agent}
@@ -703,10 +693,10 @@ class Client:
     def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Send a request and return the decoded response.  Raises TransportError or HTTPError."""
         operation = f"{method} {path}"
-        limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
         seconds = min(self.timeout_seconds, self.deadline - time.monotonic())
         if seconds <= 0:
-            raise TransportError(f"{operation}: no time left in this cycle; raise {limit}")
+            hint = f"raise {self.section}.timeout_seconds ({self.timeout_seconds})"
+            raise TransportError(f"{operation}: no time left in this cycle; {hint}")
         content = b""
         try:
             # A socket's timeout applies to each read, so a slow server could take for ever.  The
@@ -724,13 +714,8 @@ class Client:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as exc:
             self.close()
-            # urllib.request wraps what happens before the response.
-            wrapped = exc.reason if isinstance(exc, urllib.error.URLError) else None
-            cause = wrapped if isinstance(wrapped, Exception) else exc
-            problem = self.clean(str(cause) or type(cause).__name__)
-            hint = self.failure_hint(cause, limit)
             # "from None": the cause may quote what the server sent.
-            raise TransportError(f"{operation}: {self.address}: {problem}; {hint}") from None
+            raise self._no_response(operation, exc) from None
         if not 200 <= response.status < 300:
             self.close()
             raise self._http_error(operation, response)
@@ -766,6 +751,14 @@ class Client:
         reply = f"{operation}: {status}, but the reply is not {self.server}'s"
         return TransportError(f"{reply}: {self.clean(problem)}; check {self.section}.url")
 
+    def _no_response(self, operation: str, exc: Exception) -> TransportError:
+        # Not worded in `request`: a local variable there would keep the report in memory.
+        if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
+            exc = exc.reason
+        problem = self.clean(str(exc) or type(exc).__name__)
+        hint = self.failure_hint(exc)
+        return TransportError(f"{operation}: {self.address}: {problem}; {hint}")
+
     def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
         status = self.clean(f"{response.status} {response.reason}".rstrip())
         hint = self.hints.get(response.status, f"check {self.log}")
@@ -778,7 +771,7 @@ class Client:
         message = f"{operation}: {status}; {hint}"
         return HTTPError(message, status=response.status, retry_after=retry_after)
 
-    def failure_hint(self, exc: Exception, limit: str) -> str:
+    def failure_hint(self, exc: Exception) -> str:
         """Return what to do about a request that got no response."""
         url = f"{self.section}.url"
         match exc:
@@ -797,6 +790,7 @@ class Client:
                 tls = "the server must speak TLS 1.2 or 1.3 and demand no client certificate"
                 return f"check host and port in {url}; {tls}"
             case TimeoutError():
+                limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
                 return f"check {self.log}, the network and the name servers, or raise {limit}"
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
@@ -1167,14 +1161,10 @@ class HubClient(Client):
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
         super().__init__(config, f"Bearer {config.api_key}", config.api_key)
         self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
-        key = "check hub.api_key and hub.host_id"
-        path = f"check hub.url, to which the agent adds {REPORT_PATH}, and that the hub is running"
         gateway = "the web server in front of the hub cannot reach it"
         self.hints = {
-            401: key,
-            403: key,
-            404: path,
-            405: path,
+            **dict.fromkeys((401, 403), "check hub.api_key and hub.host_id"),
+            **dict.fromkeys((404, 405), f"check hub.url, to which {REPORT_PATH} is added"),
             413: "let the hub, and the web server in front of it, accept 4 MiB",
             429: "the hub asks the agent to wait",
             # 520 to 526 are Cloudflare's.
@@ -1215,9 +1205,9 @@ class HubClient(Client):
         response: http.client.HTTPResponse = self._opener.open(request)
         return response
 
-    def failure_hint(self, exc: Exception, limit: str) -> str:
+    def failure_hint(self, exc: Exception) -> str:
         if not self._is_proxied or isinstance(exc, ssl.SSLError):
-            return super().failure_hint(exc, limit)
+            return super().failure_hint(exc)
         # Only the message has the proxy's status.
         match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
         status = match[1] if match else ""
@@ -1279,8 +1269,10 @@ class Loop:
         self._warn.resolved("report", f", accepted after {self._failures} failures")
         self._failures = 0
         self.logger.debug("report accepted, %d guests", len(report.guests))
-        if requested is not None:
-            self._set_interval(requested)
+        interval = self.interval if requested is None else clamp_poll(requested)
+        if interval != self.interval:
+            self.logger.info("interval is now %d s, the hub asked for %d s", interval, requested)
+            self.interval = interval
         accepted = f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
         return max(0.0, began + self.interval - self.clock()), accepted
 
@@ -1293,12 +1285,6 @@ class Loop:
         retry_after = getattr(exc, "retry_after", None)
         delay = retry_delay(self.interval, self._failures, retry_after, self.fraction())
         return delay, f"{self._failures} failed in a row: {sanitize(text, maximum=200)}"
-
-    def _set_interval(self, requested: int) -> None:
-        interval = clamp_poll(requested)
-        if interval != self.interval:
-            self.logger.info("interval is now %d s, the hub asked for %d s", interval, requested)
-            self.interval = interval
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1361,14 +1347,12 @@ def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]
         result["report"] = json.loads(report.to_json())
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
-    except AgentError as exc:
-        # Masked once more: a client knows only its own secret.
-        result["error"] = sanitize(str(exc), secrets, 2000)
-        LOG.error("%s", exc)
-    except Exception:
-        # The log masks secrets, Python's own traceback would not.
-        result["error"] = "bug in the agent, please report it"
-        LOG.exception("%s", result["error"])
+    except Exception as exc:
+        # Masked here too: a client knows only its own secret, and Python's own traceback none.
+        bug = not isinstance(exc, AgentError)
+        text = "bug in the agent, please report it" if bug else sanitize(str(exc), secrets, 2000)
+        result["error"] = text
+        LOG.error("%s", text, exc_info=bug)
     if "report" in result:
         # Without a hub section there is no host_id yet.
         if not report.host_id:

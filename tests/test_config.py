@@ -90,7 +90,7 @@ REFUSED: Final[Mapping[str, list[Any]]] = {
     "proxmox.timeout_seconds": [0, -1, 301, 10**30],
     "proxmox.extras": [["pbs"], ["QEMU"], ["qemu", "lxc"], ["qemu,storage"]],
     "hub.url": BAD_URLS,
-    "hub.host_id": [" ", " x", "x ", "a\nb", "a\x00b", "a\x7fb", "a\udcff", "a" * 256],
+    "hub.host_id": [" ", " x", "x ", "a\nb", "a" * 256],
     "hub.api_key": BAD_SECRETS,
     "hub.timeout_seconds": [0, -1, 301, 10**30],
     "hub.ca_file": ["ca.pem", "./ca.pem", "~/ca.pem"],
