@@ -9,8 +9,8 @@ than `systemctl is-active UNIT`.  The token secret is sent only to Proxmox and t
 the hub; both are masked in everything the agent prints.  The hub can change the interval (60 to
 3600 seconds) and, with Retry-After, postpone the next report by at most two hours; nothing else.
 
-Each section uses only those above it.  `main` at the end picks the mode.  `Loop.cycle` is one
-heartbeat: `Collector.collect` builds the report, `HubClient.report` sends it.
+Each section uses only those above it.  `Loop.cycle` is one heartbeat: `Collector.collect` builds
+the report, `HubClient.report` sends it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ FIRST_RETRY_SECONDS: Final = 15
 SYSTEMCTL_SECONDS: Final = 5
 # For all calls of a collect together, in units of proxmox.timeout_seconds.
 COLLECT_TIMEOUTS: Final = 6
-# pvestatd refreshes /cluster/resources every 10 s; an older list is not believed.
+# pvestatd refreshes /cluster/resources every 10 s; an older list is treated as unknown.
 MAX_AGE_SECONDS: Final = 60
-# What the watchdog allows for name lookups, which Python cannot interrupt; see resolv.conf(5).
+# The watchdog's allowance for name lookups, which Python cannot interrupt; see resolv.conf(5).
 LOOKUP_SECONDS: Final = 120
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 REPORT_PATH: Final = "/api/v1/host-report"
@@ -73,7 +73,7 @@ class AgentError(Exception):
 
 
 class TransportError(AgentError):
-    """The server sent no response, or one that this server would not send."""
+    """The server sent no response, or one that is not from the expected server."""
 
 
 class HTTPError(AgentError):
@@ -85,12 +85,12 @@ class HTTPError(AgentError):
         self.retry_after = retry_after
 
 
-def sanitize(text: str, secrets: Iterable[str] = (), maximum: int = 300) -> str:
+def sanitize(text: str, secrets: Iterable[str] = (), max_length: int = 300) -> str:
     """Return `text` as one printable line of limited length, with the secrets masked."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
         text = text.replace(secret, "***").replace(encoded, "***")
-    text = text if len(text) <= maximum else text[:maximum] + "…"
+    text = text if len(text) <= max_length else text[:max_length] + "…"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -177,15 +177,16 @@ class CloudflaredConfig:
 
 PORT: Final = r"(:[0-9]{1,5})?/?"
 PATH: Final = r"(:[0-9]{1,5})?(/[\w.~!$&'()*+,;=:/-]*)?"
-HOST: Final = r"https://([\w.-]+|\[[0-9A-Fa-f:.]+\])"
+HOST: Final = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
 LOOPBACK: Final = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
+URL: Final = f"(https://{HOST}|http://{LOOPBACK})"
 SECRET: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
-ABSOLUTE: Final = (r"(/.*)?", "an absolute path")
+ABSOLUTE: Final = (r"(/[^\x00]*)?", "an absolute path")
 TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "from 1 to 300")
 TYPES: Final = {str: "a string", int: "an integer", tuple: "a list of strings"}
-# What each value must match, and how to say so.  No value is shown: it may be a misplaced secret.
+# The pattern of each value, and its description.  No value is shown: it may be a misplaced secret.
 FORMS: Final = {
-    "proxmox.url": (f"({HOST}|http://{LOOPBACK}){PORT}", "https://host[:port]"),
+    "proxmox.url": (URL + PORT, "https://host[:port]"),
     "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
     "proxmox.token_id": (r"[!-.0-9;-~]+@[\w.-]+![\w.-]+", "user@realm!tokenname"),
     "proxmox.token_secret": SECRET,
@@ -193,20 +194,20 @@ FORMS: Final = {
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
     "proxmox.timeout_seconds": TIMEOUT,
     "proxmox.extras": (r"((qemu|storage|backups)( |$))*", "a list of qemu, storage, backups"),
-    "hub.url": (f"({HOST}|http://{LOOPBACK}){PATH}", "https://host[:port][/path] (xn--…)"),
+    "hub.url": (URL + PATH, "https://host[:port][/path], in ASCII (xn--…)"),
     "hub.host_id": (r"\S(.{0,253}\S)?", "1 to 255 characters, without spaces at the ends"),
     "hub.api_key": SECRET,
     "hub.poll_seconds": (r"-?[0-9]+", "an integer"),
     "hub.timeout_seconds": TIMEOUT,
     "hub.ca_file": ABSOLUTE,
-    # Not a dash first: systemctl would take it for an option.
+    # No leading dash: systemctl would take it for an option.
     "cloudflared.unit": (r"[\w:.@\\][\w:.@\\-]{0,254}", "the name of a systemd unit"),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration, and what is wrong with it by key; defaults replace wrong types."""
+    """The whole configuration; `problems` by key; the default replaces a value of a wrong type."""
 
     proxmox: ProxmoxConfig
     hub: HubConfig
@@ -222,8 +223,8 @@ class Config:
 
     def redacted(self) -> dict[str, dict[str, object]]:
         """Return the configuration as a JSON object with the secrets masked."""
-        names = ("proxmox", "hub", "cloudflared")
-        sections = {name: dataclasses.asdict(getattr(self, name)) for name in names}
+        sections: dict[str, dict[str, object]] = dataclasses.asdict(self)
+        del sections["problems"]
         for section, key in (("proxmox", "token_secret"), ("hub", "api_key")):
             sections[section][key] = "***" if sections[section][key] else ""
         return sections
@@ -257,7 +258,7 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
             raise ConfigError(f"{shown}: no such file; {hint}") from None
         LOG.info("%s: no such file, only the environment is read", shown)
     except (OSError, ValueError, RecursionError) as exc:
-        # json says line and column, and quotes no content.
+        # json gives line and column, and quotes no content.
         raise ConfigError(f"{shown}: {getattr(exc, 'strerror', None) or exc}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{shown}: must be a JSON object")
@@ -296,9 +297,9 @@ def load_section(
         key, expected_type = f"{section}.{name}", type(default)
         value = default if given.get(name, "") == "" else given[name]
         variable = f"FELHOM_AGENT_{section}_{name}".upper()
-        if text := environ.get(variable, ""):
+        if override := environ.get(variable, ""):
             try:
-                value = text.split(",") if expected_type is tuple else expected_type(text)
+                value = override.split(",") if expected_type is tuple else expected_type(override)
             except ValueError:
                 LOG.warning("config: %s is not an integer and is ignored", variable)
         if isinstance(value, list):
@@ -314,8 +315,8 @@ def load_section(
         pattern, expected = FORMS[key]
         if not re.fullmatch(pattern, text, re.ASCII):
             problems[key] = f"must be {expected}" if text else "is required"
-            # Any other URL may have a secret in it.
-            if re.fullmatch(HOST.replace("https", "http") + PATH, text, re.ASCII):
+            # Any other value may have a secret in it.
+            if name == "url" and re.fullmatch(f"http://{HOST}{PORT}", text, re.ASCII):
                 problems[key] = f"must be https, got {text}"
     return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
 
@@ -390,13 +391,13 @@ class Backup:
     storage: str
     volid: str
     created_at: str
-    size_bytes: int | None
-    verified: bool | None
+    size_bytes: int | None = None
+    verified: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTest:
-    """A backup that was restored on trial; this and the next two are not filled yet."""
+    """A trial restore; this class and the next two are reserved."""
 
     vmid: int
     volid: str
@@ -454,7 +455,7 @@ class HostReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlEnvelope:
-    """The hub's reply; None for what it did not say.  Only `poll_interval_seconds` is acted on."""
+    """The hub's reply; None for what is missing.  Only `poll_interval_seconds` is acted on."""
 
     poll_interval_seconds: int | None
     blocked: bool | None
@@ -537,15 +538,15 @@ def build_host(node: str, status: object, entry: object) -> HostMetrics:
     )
 
 
-def build_guest(entry: object, config: object, cpu_count: int | None, *, old: bool) -> Guest:
-    """Build a guest, unknown without a configuration (None) or if its entry is too `old`."""
+def build_guest(entry: object, config: object, cpu_count: int | None, *, stale: bool) -> Guest:
+    """Build a guest, unknown without a configuration (None) or if its entry is too `stale`."""
     guest_type = get_text(entry, "type") or ""
-    listed, configured = get_text(entry, "name"), {"lxc": "hostname", "qemu": "name"}[guest_type]
-    status = get_text(entry, "status") if config is not None and not old else None
+    name = get_text(entry, "name") or get_text(config, "hostname") or get_text(config, "name")
+    status = get_text(entry, "status") if config is not None and not stale else None
     return Guest(
         vmid=get_vmid(entry),
         type=guest_type,
-        name=listed or get_text(config, configured) or "",
+        name=name or "",
         status=status or "unknown",
         spec=build_spec(config, guest_type, cpu_count) if isinstance(config, dict) else None,
     )
@@ -579,9 +580,9 @@ def parse_volume_size(volume: str) -> int | None:
     return parse_int(int(size)) or None
 
 
-def build_storage(entry: object, *, old: bool) -> StorageTarget:
-    """Build a storage, unknown if its entry is too `old`."""
-    available = get_text(entry, "status") == "available" and not old
+def build_storage(entry: object, *, stale: bool) -> StorageTarget:
+    """Build a storage, unknown if its entry is too `stale`."""
+    available = get_text(entry, "status") == "available" and not stale
     return StorageTarget(
         storage=get_text(entry, "storage") or "",
         type=get_text(entry, "plugintype") or "",
@@ -626,10 +627,7 @@ class Connection(http.client.HTTPSConnection):
 
 
 def create_connection(*args: Any) -> socket.socket:
-    """Connect to the first address that answers, or raise the failure that says most.
-
-    socket.create_connection raises the last: for IPv6 often "Network is unreachable".
-    """
+    """Connect; if no address answers, raise the failure that says most, not the last."""
     vague = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
     try:
         return socket.create_connection(*args, all_errors=True)
@@ -637,23 +635,25 @@ def create_connection(*args: Any) -> socket.socket:
         raise min(group.exceptions, key=lambda exc: getattr(exc, "errno", 0) in vague) from None
 
 
-class HTTPSHandler(urllib.request.HTTPSHandler):
+class HubHTTPSHandler(urllib.request.HTTPSHandler):
     """urllib.request's handler, with our connection."""
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(Connection, req, context=self._context)  # type: ignore
 
 
-def expire(*_: object) -> None:
-    """Raise TimeoutError (the handler of SIGALRM)."""
+def raise_timeout(*_: object) -> None:
+    """Handle SIGALRM."""
     raise TimeoutError("timed out")
 
 
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
-    # The section of the configuration; the server; where that says what is wrong.
-    section = server = log = certificate_hint = ca_hint = ""
+    # For messages: the section of the configuration, the server, and where to look for the cause.
+    section = server = where_to_look = certificate_hint = ca_hint = ""
+    # " through the proxy …"
+    via = ""
     # What to do about an error status.
     hints: Mapping[int, str]
     max_bytes = 0
@@ -662,10 +662,10 @@ class Client:
 
     def __init__(self, config: ProxmoxConfig | HubConfig, authorization: str, secret: str) -> None:
         self.url = config.url.rstrip("/")
-        self.address = urllib.parse.urlsplit(config.url).netloc
+        self.netloc = config.url.split("/")[2]
         self.timeout_seconds = config.timeout_seconds
-        # Unlike ssl.create_default_context this reads no SSLKEYLOGFILE, and does not set
-        # VERIFY_X509_STRICT on Python 3.13, which most CAs of Proxmox before March 2026 fail.
+        # Unlike ssl.create_default_context: no SSLKEYLOGFILE, and no VERIFY_X509_STRICT on Python
+        # 3.13, which most CAs that Proxmox made before March 2026 fail.
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
@@ -681,7 +681,7 @@ class Client:
         agent = f"felhom-agent/{__version__}"
         self.headers = {"Authorization": authorization, "User-Agent": agent}
         # For the time limit in `request`.
-        signal.signal(signal.SIGALRM, expire)
+        signal.signal(signal.SIGALRM, raise_timeout)
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response, its body unread."""
@@ -699,24 +699,28 @@ class Client:
             raise TransportError(f"{operation}: no time left in this cycle; {hint}")
         content = b""
         try:
-            # A socket's timeout applies to each read, so a slow server could take for ever.  The
-            # alarm bounds all of it, CONNECT included.  It comes again each second: an exception
-            # in a finalizer is lost, and one in a connect only leads to the next address.
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+            # A socket's timeout bounds one read; the alarm bounds everything, CONNECT included.  It
+            # repeats each second: a finalizer swallows it, a connect only tries the next address.
             try:
+                signal.setitimer(signal.ITIMER_REAL, seconds, 1)
                 with self.send(method, path, body) as response:
+                    is_success = 200 <= response.status < 300
                     # Not read(n): it allocates whatever size a chunk claims to have.
-                    while 200 <= response.status < 300 and len(content) <= self.max_bytes:
-                        if not (piece := response.read1(65536)):
-                            break
+                    while is_success and (piece := response.read1(65536)):
                         content += piece
+                        if len(content) > self.max_bytes:
+                            raise ValueError(f"the reply is longer than {self.max_bytes} bytes")
+                    if is_success and response.length:
+                        raise http.client.IncompleteRead(content, response.length)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as exc:
+            # Once more: the alarm may have come just before it was switched off.
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self.close()
             # "from None": the cause may quote what the server sent.
             raise self._no_response(operation, exc) from None
-        if not 200 <= response.status < 300:
+        if not is_success:
             self.close()
             raise self._http_error(operation, response)
         try:
@@ -728,11 +732,9 @@ class Client:
     def parse(self, response: http.client.HTTPResponse, content: bytes) -> dict[str, Any]:
         """Return the JSON object in a response.  Raises ValueError."""
         encoding = response.headers.get("Content-Encoding", "identity")
-        if len(content) > self.max_bytes:
-            raise ValueError(f"it is longer than {self.max_bytes} bytes")
         if encoding != "identity":
-            raise ValueError(f"it is compressed ({encoding}), and nobody asked for that")
-        # Some web servers answer an empty 200 to every path that they do not know; 204 says so.
+            raise ValueError(f"it is compressed ({encoding}), which was not requested")
+        # Some web servers answer an empty 200 to any path; an intentional empty reply is 204.
         if not content and response.status != 204:
             raise ValueError("it is empty")
         text = content.decode("utf-8-sig") or "{}"
@@ -757,16 +759,15 @@ class Client:
             exc = exc.reason
         problem = self.clean(str(exc) or type(exc).__name__)
         hint = self.failure_hint(exc)
-        return TransportError(f"{operation}: {self.address}: {problem}; {hint}")
+        return TransportError(f"{operation}: {self.netloc}{self.via}: {problem}; {hint}")
 
     def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
         status = self.clean(f"{response.status} {response.reason}".rstrip())
-        hint = self.hints.get(response.status, f"check {self.log}")
+        hint = self.hints.get(response.status, f"check {self.where_to_look}")
         if 300 <= response.status < 400:
             status += f" to {self.clean(response.headers.get('Location', 'nowhere'))}"
-            rule = f"{self.server} must answer under this path itself (https, no login page)"
-            hint = f"redirects are not followed, {rule}; check {self.section}.url"
-        wait = response.headers.get("Retry-After", "")
+            hint = f"set {self.section}.url to what answers itself (https, no login page)"
+        wait = response.headers.get("Retry-After", "").strip()
         retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
         return HTTPError(message, status=response.status, retry_after=retry_after)
@@ -791,10 +792,10 @@ class Client:
                 return f"check host and port in {url}; {tls}"
             case TimeoutError():
                 limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
-                return f"check {self.log}, the network and the name servers, or raise {limit}"
+                return f"check {self.where_to_look}, network and name servers, or raise {limit}"
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
-        return f"check {url} (http or https, host, port), and {self.log}"
+        return f"check {url} (http or https, host, port), and {self.where_to_look}"
 
 
 # ---- Proxmox client ------------------------------------------------------------------------------
@@ -805,7 +806,7 @@ class ProxmoxClient(Client):
 
     section = "proxmox"
     server = "Proxmox"
-    log = "systemctl status pveproxy pve-cluster"
+    where_to_look = "systemctl status pveproxy pve-cluster"
     certificate_hint = " (pvenode cert info lists them)"
     ca_hint = " (Proxmox's own is /etc/pve/pve-root-ca.pem)"
     max_bytes = 8 << 20
@@ -816,7 +817,7 @@ class ProxmoxClient(Client):
         self.node, self.token_id, self.extras = config.node, config.token_id, config.extras
         user = config.token_id.partition("!")[0]
         # A token with privilege separation has only the privileges that its user has too.
-        self.grant = (
+        self.grant_hint = (
             f"run: pveum acl modify / --users {user} --tokens '{config.token_id}' --roles "
             "PVEAuditor; if pveum acl list shows it already, another role or a NoAccess further "
             "down takes it back"
@@ -825,9 +826,9 @@ class ProxmoxClient(Client):
         self.hints = {
             401: "check proxmox.token_id and proxmox.token_secret; pveum user token list "
             f"{user} shows an expired token, pveum user list a disabled or expired user",
-            403: self.grant,
-            500: "a guest that was just removed or migrated is right in the next report; else "
-            f"check {self.log}, and journalctl -u pveproxy",
+            403: self.grant_hint,
+            500: "if a guest was just removed or migrated, the next report is right; otherwise "
+            f"check {self.where_to_look}, and journalctl -u pveproxy",
             501: "check proxmox.url; the agent needs Proxmox VE 8 or later",
             # pveproxy's own, for what it passes on.
             **dict.fromkeys(range(595, 600), other_node),
@@ -835,9 +836,9 @@ class ProxmoxClient(Client):
         self._connection: http.client.HTTPConnection
         # http is for loopback addresses only, see FORMS.
         if self.url.startswith("http:"):
-            self._connection = http.client.HTTPConnection(self.address)
+            self._connection = http.client.HTTPConnection(self.netloc)
         else:
-            self._connection = connection = Connection(self.address, context=self.context)
+            self._connection = connection = Connection(self.netloc, context=self.context)
             connection.fingerprint = config.fingerprint.replace(":", "").lower()
         if config.fingerprint:
             # It replaces the check of chain and host name.
@@ -845,9 +846,9 @@ class ProxmoxClient(Client):
             self.context.verify_mode = ssl.CERT_NONE
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        """Send a request over a kept connection: a TLS handshake costs six times the call.
+        """Send a request over a kept connection: a TLS handshake takes six times as long as a call.
 
-        The server may close it at any time; then it is replaced, once, since GET is safe to repeat.
+        If the server has closed it meanwhile, the GET is repeated once, on a new one.
         """
         reused = self._connection.sock is not None
         try:
@@ -885,7 +886,7 @@ class ProxmoxClient(Client):
 
         Guests need VM.Audit, storages Datastore.Audit.  pveproxy answers this itself, where
         /nodes/NODE/lxc costs pvedaemon 15 to 22 ms of CPU for each running container, and one that
-        hangs holds one of its three workers for good.
+        hangs blocks one of its three workers for good.
         """
         path = "/cluster/resources"
         entries = [entry for entry in self.get(path, list) if isinstance(entry, dict)]
@@ -895,7 +896,7 @@ class ProxmoxClient(Client):
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
         entries = [entry for entry in entries if entry.get("node") == self.node]
         guests = [entry for entry in entries if entry.get("type") in ("lxc", "qemu")]
-        # To leave one out would claim that it does not exist.
+        # Omitting one would claim that it does not exist.
         if not all(get_vmid(guest) for guest in guests):
             raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
         return sorted(entries, key=get_vmid)
@@ -922,7 +923,7 @@ class ProxmoxClient(Client):
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
         newest: dict[int, tuple[int, str]] = {}
         for entry in self.get(path, list):
-            # A file that somebody renamed has no guest, and not the date of the backup.
+            # A renamed file has no guest, and its date is not the backup's.
             if lookup(entry, "mark") == "renamed":
                 continue
             vmid, created = get_vmid(entry), get_int(entry, "ctime") or 0
@@ -931,10 +932,9 @@ class ProxmoxClient(Client):
             if not (vmid and volid and 0 < created < 2**32):
                 raise self.unexpected(f"GET {path}", "a backup without guest, name or date")
             newest[vmid] = max(newest.get(vmid, (0, "")), (created, volid))
-        unread: dict[str, Any] = {"size_bytes": None, "verified": None}
         return [
-            Backup(vmid=vmid, storage=storage, volid=volid, created_at=format_time(at), **unread)
-            for vmid, (at, volid) in newest.items()
+            Backup(vmid=vmid, storage=storage, volid=volid, created_at=format_time(created))
+            for vmid, (created, volid) in newest.items()
         ]
 
 
@@ -982,10 +982,7 @@ def notify(message: str) -> None:
 
 
 def notify_status(status: str, watchdog_seconds: float) -> None:
-    """Send the status, and how soon systemd must hear from the agent again or restart it.
-
-    One message per cycle is enough: it moves the watchdog's deadline.
-    """
+    """Send the status, and how soon systemd must hear from the agent again or restart it."""
     watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={watchdog_seconds * 1e6:.0f}\n"
     notify(f"READY=1\n{watchdog if 'WATCHDOG_USEC' in os.environ else ''}STATUS={status}")
 
@@ -1008,13 +1005,13 @@ class Collector:
         self._warn = WarnOnce(self.logger)
         extras = self.proxmox.extras
         self._guest_types = ("lxc", "qemu") if "qemu" in extras else ("lxc",)
-        # A backup is on a storage, so backups bring storages along.
-        self._storage_types = ("storage",) if {"storage", "backups"} & set(extras) else ()
+        # `backups` implies `storage`.
+        self._reads_storages = bool({"storage", "backups"} & set(extras))
 
     def collect(self, *, thorough: bool = False) -> HostReport:
-        """Return the report.  Raises AgentError if node or guest list cannot be read.
+        """Return the report; `thorough` also checks the token's privileges on all other paths.
 
-        `thorough` also judges the token by what it may do elsewhere.
+        Raises AgentError if the node's status or the list cannot be read.
         """
         seconds = COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
         self.proxmox.deadline = time.monotonic() + seconds
@@ -1024,19 +1021,20 @@ class Collector:
             status = self.proxmox.node_status()
             node = next(entry for entry in resources if entry.get("type") == "node")
             listed = [entry for entry in resources if entry.get("type") in self._guest_types]
-            storages = [entry for entry in resources if entry.get("type") in self._storage_types]
+            storages = [entry for entry in resources if entry.get("type") == "storage"]
             self._check_token(listed, storages, thorough=thorough)
-            old = self._check_age(status, node, listed)
-            host = build_host(self.proxmox.node, status, None if old else node)
-            guests = self._read_guests(listed, host.cpu_count, old=old)
-            targets, backups = self._read_storages(storages, old=old)
+            stale = self._check_age(status, node, listed)
+            host = build_host(self.proxmox.node, status, None if stale else node)
+            guests = self._read_guests(listed, host.cpu_count, stale=stale)
+            targets, backups = self._read_storages(storages, stale=stale)
+        cloudflared = Cloudflared(status=self._probe())
         return HostReport(
             host_id=self.host_id,
             agent_version=self.agent_version,
             reported_at=format_time(),
             host=host,
             guests=guests,
-            cloudflared=Cloudflared(status=self._probe()),
+            cloudflared=cloudflared,
             storage_targets=targets,
             backups=backups,
         )
@@ -1044,13 +1042,13 @@ class Collector:
     def _check_token(
         self, guests: Sequence[object], storages: Sequence[object], *, thorough: bool
     ) -> None:
-        """Warn if the token may not see everything, or may do more than read.
+        """Warn if the token may see too little, or do more than read.
 
-        Proxmox silently leaves out what it may not see.  Raises AgentError if that can be why
-        nothing is listed.
+        Proxmox silently omits what it may not see.  Raises AgentError if that can be why nothing
+        is listed.
         """
         needed = {"/vms": ("VM.Audit", guests)}
-        if self._storage_types:
+        if self._reads_storages:
             needed["/storage"] = ("Datastore.Audit", storages)
         # Without Sys.Audit on the node, its status could not have been read.
         paths = [*needed, f"/nodes/{self.proxmox.node}", *([""] if thorough else [])]
@@ -1059,14 +1057,14 @@ class Collector:
         # 0 would hold for the path itself, not for what is below.
         lacking = [path for path in needed if not lookup(replies[path], path, needed[path][0])]
         lacks = " and ".join(f"{needed[path][0]} on {path}" for path in lacking)
-        problem = f"{token} lacks {lacks}, so entries may be missing; {self.proxmox.grant}"
+        problem = f"{token} lacks {lacks}, so entries may be missing; {self.proxmox.grant_hint}"
         if not all(needed[path][1] for path in lacking):
             raise AgentError(problem)
         self._warn.problem("missing privileges", problem if lacking else "")
         granted = [names for reply in replies.values() for names in reply.values()]
         found = {name for names in granted if isinstance(names, dict) for name in names}
         excess = sanitize(", ".join(sorted(name for name in found if not name.endswith(".Audit"))))
-        hint = "leave it only the role PVEAuditor of those that pveum acl list shows"
+        hint = "remove every role except PVEAuditor; pveum acl list shows them"
         problem = f"{token} can do more than read: {excess}; {hint}" if excess else ""
         self._warn.problem("excess privileges", problem)
 
@@ -1077,9 +1075,9 @@ class Collector:
         """
         now, then = get_int(status, "uptime"), get_int(node, "uptime")
         age = now - then if now is not None and then is not None else -1
-        old = not 0 <= age <= MAX_AGE_SECONDS
+        stale = not 0 <= age <= MAX_AGE_SECONDS
         what, since = "", "for 5 minutes or since its start"
-        if old:
+        if stale:
             what = "guests and storages"
             since = f"for {age} s" if age > MAX_AGE_SECONDS else since
         elif {get_text(guest, "status") for guest in guests} == {"unknown"}:
@@ -1087,10 +1085,10 @@ class Collector:
         hint = "check systemctl status pvestatd (the usual cause: a storage that does not answer)"
         problem = f"pvestatd has reported no {what} {since}, so they are unknown; {hint}"
         self._warn.problem("pvestatd", problem if what else "", key=what)
-        return old
+        return stale
 
     def _read_guests(
-        self, entries: Sequence[dict[str, object]], cpu_count: int | None, *, old: bool
+        self, entries: Sequence[dict[str, object]], cpu_count: int | None, *, stale: bool
     ) -> tuple[Guest, ...]:
         guests, failures = [], []
         for entry in entries:
@@ -1099,7 +1097,7 @@ class Collector:
                 config = self.proxmox.guest_config(vmid, str(entry.get("type")))
             except AgentError as exc:
                 failures.append((vmid, str(exc)))
-            guests.append(build_guest(entry, config, cpu_count, old=old))
+            guests.append(build_guest(entry, config, cpu_count, stale=stale))
         problem = ""
         if failures:
             vmids = ", ".join(str(vmid) for vmid, _ in failures[:10]) + ", …" * (len(failures) > 10)
@@ -1109,18 +1107,18 @@ class Collector:
         return tuple(guests)
 
     def _read_storages(
-        self, entries: Iterable[object], *, old: bool
+        self, entries: Iterable[object], *, stale: bool
     ) -> tuple[tuple[StorageTarget, ...], tuple[Backup, ...]]:
         """Return storages and newest backups; a storage whose backups cannot be read is unknown.
 
-        pvedaemon lists them, and a storage that hangs holds one of its three workers for good; so
-        only what pvestatd has just found available is asked.
+        Only what pvestatd has just found available is asked: a storage that hangs blocks a worker
+        of pvedaemon for good.
         """
         targets: list[StorageTarget] = []
         backups: list[Backup] = []
         failures = []
-        for entry in entries:
-            target = build_storage(entry, old=old)
+        for entry in entries if self._reads_storages else ():
+            target = build_storage(entry, stale=stale)
             holds_backups = "backup" in (get_text(entry, "content") or "").split(",")
             # A Proxmox Backup Server has its own API, and its own token.
             is_asked = holds_backups and target.status == "available" and target.type != "pbs"
@@ -1129,7 +1127,7 @@ class Collector:
                     backups += self.proxmox.backups(target.storage)
             except AgentError as exc:
                 failures.append(f"storage {target.storage} is unknown: {exc}")
-                target = build_storage(entry, old=True)
+                target = build_storage(entry, stale=True)
             targets.append(target)
         self._warn.problem("backups", "; ".join(failures))
         targets.sort(key=lambda target: target.storage)
@@ -1155,7 +1153,7 @@ class HubClient(Client):
 
     section = "hub"
     server = "the hub"
-    log = "the hub's log"
+    where_to_look = "the hub's log"
     max_bytes = 1 << 20
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
@@ -1175,18 +1173,19 @@ class HubClient(Client):
         # urllib.request.build_opener would add a handler that follows redirects.
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.HTTPHandler())
-        self._opener.add_handler(HTTPSHandler(context=self.context))
-        proxy, host = urllib.request.getproxies().get("https", ""), self.address
-        bypass = urllib.request.proxy_bypass(host) or re.fullmatch(LOOPBACK + PORT, host)
-        self._is_proxied = bool(proxy and not bypass)
-        if self._is_proxied:
-            # To any other scheme the password would go unencrypted all the same.
-            form = r"http://([^@/:\s]+(:[^@/\s]*)?@)?([^@/\s]*[^@/:\s]:[0-9]{1,5})/?"
+        self._opener.add_handler(HubHTTPSHandler(context=self.context))
+        proxy = urllib.request.getproxies().get("https", "")
+        bypass = urllib.request.proxy_bypass(self.netloc) or re.fullmatch(
+            LOOPBACK + PORT, self.netloc
+        )
+        if proxy and not bypass:
+            # Any other scheme would not encrypt the password either.
+            form = r"http://([^@/:\s]+(:[^@/\s]*)?@)?(?P<address>[^@/\s]*[^@/:\s]:[0-9]{1,5})/?"
             match = re.fullmatch(form, proxy)
             if not match:
                 expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
                 raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
-            self.address = f"{host} through the proxy {match[3]}"
+            self.via = f" through the proxy {match['address']}"
             self._opener.add_handler(urllib.request.ProxyHandler())
 
     def report(self, report: HostReport) -> ControlEnvelope:
@@ -1206,7 +1205,7 @@ class HubClient(Client):
         return response
 
     def failure_hint(self, exc: Exception) -> str:
-        if not self._is_proxied or isinstance(exc, ssl.SSLError):
+        if not self.via or isinstance(exc, ssl.SSLError):
             return super().failure_hint(exc)
         # Only the message has the proxy's status.
         match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
@@ -1284,7 +1283,7 @@ class Loop:
         self._warn.problem("report", text, bug=bug)
         retry_after = getattr(exc, "retry_after", None)
         delay = retry_delay(self.interval, self._failures, retry_after, self.fraction())
-        return delay, f"{self._failures} failed in a row: {sanitize(text, maximum=200)}"
+        return delay, f"{self._failures} failed in a row: {sanitize(text, max_length=200)}"
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1354,7 +1353,7 @@ def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]
         result["error"] = text
         LOG.error("%s", text, exc_info=bug)
     if "report" in result:
-        # Without a hub section there is no host_id yet.
+        # It may be empty without a hub section.
         if not report.host_id:
             del result["report"]["host_id"]
         print(json.dumps(result["report"] if hub is None else result, indent=2))
@@ -1382,7 +1381,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
             signal.signal(number, stop)
         started = "started version=%s host_id=%s url=%s interval=%d"
         LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
-        notify_wait("first report on its way", 0)
+        notify_wait("preparing the first report", 0)
         Loop(collector, hub, config.poll_seconds, logger=LOG, notify=notify_wait).run()
     except SystemExit as exc:
         notify("STOPPING=1")

@@ -83,7 +83,7 @@ def build_guest(
     listed: Mapping[str, object], config: Mapping[str, object] | None = CONFIG, **changes: Any
 ) -> agent.Guest:
     """A guest on a node with 6 CPUs; `listed` says what its entry has instead of the usual."""
-    keywords: dict[str, Any] = {"cpu_count": 6, "old": False, **changes}
+    keywords: dict[str, Any] = {"cpu_count": 6, "stale": False, **changes}
     guest = agent.build_guest({**LISTED, **listed}, config, **keywords)
     assert find_problems(make_report(guests=(guest,))) == []
     return guest
@@ -430,7 +430,7 @@ def test_size_of_any_volume_is_true_or_null(number: object, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("listed", "config", "old", "name", "status"),
+    ("listed", "config", "stale", "name", "status"),
     [
         ({}, None, False, "web", "unknown"),
         ({"status": "unknown", "name": None}, None, False, "", "unknown"),
@@ -443,9 +443,9 @@ def test_size_of_any_volume_is_true_or_null(number: object, unit: str) -> None:
     ids=short,
 )
 def test_status_and_name_of_a_guest(
-    listed: dict[str, object], config: dict[str, object] | None, old: bool, name: str, status: str
+    listed: dict[str, object], config: dict[str, object] | None, stale: bool, name: str, status: str
 ) -> None:
-    guest = build_guest(listed, config, old=old)
+    guest = build_guest(listed, config, stale=stale)
     assert (guest.name, guest.status) == (name, status)
     assert (guest.spec is None) == (config is None)
     assert ("spec" in json.loads(make_report(guests=(guest,)).to_json())["guests"][0]) == (
