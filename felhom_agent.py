@@ -182,8 +182,7 @@ LOOPBACK: Final = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 URL: Final = f"(https://{HOST}|http://{LOOPBACK})"
 SECRET: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
 ABSOLUTE: Final = (r"(/[^\x00]*)?", "an absolute path")
-TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "from 1 to 300")
-TYPES: Final = {str: "a string", int: "an integer", tuple: "a list of strings"}
+TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "an integer from 1 to 300")
 # The pattern of each value, and its description.  No value is shown: it may be a misplaced secret.
 FORMS: Final = {
     "proxmox.url": (URL + PORT, "https://host[:port]"),
@@ -305,19 +304,18 @@ def load_section(
         if isinstance(value, list):
             value = tuple(str(word).strip() for word in value)
         # Not isinstance: True is an int.
-        if type(value) is not expected_type:
-            problems[key] = f"must be {TYPES[expected_type]}"
-            continue
-        # The sandboxed service cannot see /etc/pve; systemd hands it the file as a credential.
-        credential = find_credential(environ, os.path.basename(value)) if name == "ca_file" else ""
-        values[name] = credential or value
-        text = " ".join(value) if expected_type is tuple else str(value)
+        is_typed = type(value) is expected_type
+        values[name] = value if is_typed else default
         pattern, expected = FORMS[key]
-        if not re.fullmatch(pattern, text, re.ASCII):
-            problems[key] = f"must be {expected}" if text else "is required"
+        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        if not is_typed or not re.fullmatch(pattern, text, re.ASCII):
+            problems[key] = f"must be {expected}" if text or not is_typed else "is required"
             # Any other value may have a secret in it.
             if name == "url" and re.fullmatch(f"http://{HOST}{PORT}", text, re.ASCII):
                 problems[key] = f"must be https, got {text}"
+        if name == "ca_file":
+            # The sandboxed service cannot see /etc/pve; systemd hands it a copy as a credential.
+            values[name] = find_credential(environ, os.path.basename(values[name])) or values[name]
     return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
 
 
@@ -766,7 +764,7 @@ class Client:
         hint = self.hints.get(response.status, f"check {self.where_to_look}")
         if 300 <= response.status < 400:
             status += f" to {self.clean(response.headers.get('Location', 'nowhere'))}"
-            hint = f"set {self.section}.url to what answers itself (https, no login page)"
+            hint = f"{self.section}.url must lead to what answers itself (https, no login page)"
         wait = response.headers.get("Retry-After", "").strip()
         retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
@@ -1364,10 +1362,10 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
     """Report until SIGTERM or SIGINT; return 0."""
 
     def stop(number: int, _: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: None)
-        # Not an Exception, so nothing catches it on its way.
-        raise SystemExit(signal.Signals(number).name)
+        # Blocked, not ignored: Python restores the default action before it ends.
+        if number not in signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)):
+            # Not an Exception, so nothing catches it on its way.
+            raise SystemExit(signal.Signals(number).name)
 
     cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
     cycle_seconds += SYSTEMCTL_SECONDS + LOOKUP_SECONDS

@@ -203,7 +203,7 @@ def test_example_lacks_nothing_but_its_secrets() -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_wrong_type_is_refused_unless_the_environment_mends_it(load: Load, key: str) -> None:
     for value in WRONG_TYPES[KEYS[key]]:
-        assert problems(load(with_value(key, value)))[key].startswith("must be a"), value
+        assert problems(load(with_value(key, value)))[key].startswith("must be "), value
         assert problems(load(with_value(key, value), with_variable(key, ACCEPTED[key][-1]))) == {}
 
 
