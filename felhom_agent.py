@@ -175,8 +175,8 @@ class CloudflaredConfig:
     unit: str = "cloudflared.service"
 
 
-PORT: Final = r"(:[0-9]{1,5})?/?"
-PATH: Final = r"(:[0-9]{1,5})?(/[\w.~!$&'()*+,;=:/-]*)?"
+PORT: Final = r"(:([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]))?"
+PATH: Final = r"(/[\w.~!$&'()*+,;=:/-]*)?"
 HOST: Final = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
 LOOPBACK: Final = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 URL: Final = f"(https://{HOST}|http://{LOOPBACK})"
@@ -185,7 +185,7 @@ ABSOLUTE: Final = (r"(/[^\x00]*)?", "an absolute path")
 TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "an integer from 1 to 300")
 # The pattern of each value, and its description.  No value is shown: it may be a misplaced secret.
 FORMS: Final = {
-    "proxmox.url": (URL + PORT, "https://host[:port]"),
+    "proxmox.url": (f"{URL}{PORT}/?", "https://host[:port]"),
     "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
     "proxmox.token_id": (r"[!-.0-9;-~]+@[\w.-]+![\w.-]+", "user@realm!tokenname"),
     "proxmox.token_secret": SECRET,
@@ -193,7 +193,7 @@ FORMS: Final = {
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
     "proxmox.timeout_seconds": TIMEOUT,
     "proxmox.extras": (r"((qemu|storage|backups)( |$))*", "a list of qemu, storage, backups"),
-    "hub.url": (URL + PATH, "https://host[:port][/path], in ASCII (xn--…)"),
+    "hub.url": (URL + PORT + PATH, "https://host[:port][/path] in ASCII (xn--…)"),
     "hub.host_id": (r"\S(.{0,253}\S)?", "1 to 255 characters, without spaces at the ends"),
     "hub.api_key": SECRET,
     "hub.poll_seconds": (r"-?[0-9]+", "an integer"),
@@ -310,9 +310,10 @@ def load_section(
         text = " ".join(value) if isinstance(value, tuple) else str(value)
         if not is_typed or not re.fullmatch(pattern, text, re.ASCII):
             problems[key] = f"must be {expected}" if text or not is_typed else "is required"
-            # Any other value may have a secret in it.
-            if name == "url" and re.fullmatch(f"http://{HOST}{PORT}", text, re.ASCII):
-                problems[key] = f"must be https, got {text}"
+            # Any other value, and the path, may have a secret in it.
+            insecure = re.fullmatch(f"(http://{HOST}{PORT}){PATH}", text, re.ASCII)
+            if name == "url" and insecure:
+                problems[key] = f"must be https, got {insecure[1]}"
         if name == "ca_file":
             # The sandboxed service cannot see /etc/pve; systemd hands it a copy as a credential.
             values[name] = find_credential(environ, os.path.basename(values[name])) or values[name]
@@ -623,6 +624,12 @@ class Connection(http.client.HTTPSConnection):
             self.close()
             raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
 
+    def send(self, data: Any) -> None:
+        # A server that refuses may close before it has read everything.  Its response, or the TLS
+        # alert, says why; if there is none, getresponse raises.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
+            super().send(data)
+
 
 def create_connection(*args: Any) -> socket.socket:
     """Connect; if no address answers, raise the failure that says most, not the last."""
@@ -731,15 +738,15 @@ class Client:
         """Return the JSON object in a response.  Raises ValueError."""
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            raise ValueError(f"it is compressed ({encoding}), which was not requested")
+            raise ValueError(f"compressed by {encoding}, which was not requested")
         # Some web servers answer an empty 200 to any path; an intentional empty reply is 204.
         if not content and response.status != 204:
-            raise ValueError("it is empty")
+            raise ValueError("empty")
         text = content.decode("utf-8-sig") or "{}"
         # What Proxmox says of a guest goes on to the hub.  A short secret would match by chance.
         reply = json.loads(text.replace(self.secret, "***") if len(self.secret) > 7 else text)
         if not isinstance(reply, dict):
-            raise ValueError("it is not a JSON object")
+            raise ValueError("not a JSON object")
         return reply
 
     def clean(self, text: str) -> str:
@@ -748,23 +755,32 @@ class Client:
 
     def unexpected(self, operation: str, problem: str, status: int = 200) -> TransportError:
         """Return the error for a response that this server would not send."""
-        reply = f"{operation}: {status}, but the reply is not {self.server}'s"
-        return TransportError(f"{reply}: {self.clean(problem)}; check {self.section}.url")
+        reply = f"{operation}: {status}, but the reply is unusable ({self.clean(problem)})"
+        hint = (
+            f"check {self.section}.url, and that nothing in front of {self.server} changes replies"
+        )
+        return TransportError(f"{reply}; {hint}")
 
     def _no_response(self, operation: str, exc: Exception) -> TransportError:
         # Not worded in `request`: a local variable there would keep the report in memory.
         if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
             exc = exc.reason
-        problem = self.clean(str(exc) or type(exc).__name__)
+        # Without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)".
+        problem = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(exc)) or type(exc).__name__
         hint = self.failure_hint(exc)
-        return TransportError(f"{operation}: {self.netloc}{self.via}: {problem}; {hint}")
+        return TransportError(
+            f"{operation}: {self.netloc}{self.via}: {self.clean(problem)}; {hint}"
+        )
 
     def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
         status = self.clean(f"{response.status} {response.reason}".rstrip())
         hint = self.hints.get(response.status, f"check {self.where_to_look}")
         if 300 <= response.status < 400:
             status += f" to {self.clean(response.headers.get('Location', 'nowhere'))}"
-            hint = f"{self.section}.url must lead to what answers itself (https, no login page)"
+            hint = (
+                f"{self.server} must answer under this path itself, without redirect or login page"
+            )
+            hint += f"; for https or another host, change {self.section}.url"
         wait = response.headers.get("Retry-After", "").strip()
         retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
@@ -779,21 +795,21 @@ class Client:
             # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
             case ssl.SSLCertVerificationError(verify_code=62 | 64):
                 return f"use a name from the certificate in {url}{self.certificate_hint}"
-            # X509_V_ERR_CERT_NOT_YET_VALID and _CERT_HAS_EXPIRED
-            case ssl.SSLCertVerificationError(verify_code=9 | 10):
-                return "renew the server's certificate, or set this host's clock"
-            case ssl.SSLCertVerificationError():
-                ca_file = f"set {self.section}.ca_file to the CA that signed it{self.ca_hint}"
+            # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT and so on: the chain does not end at a known CA.
+            case ssl.SSLCertVerificationError(verify_code=2 | 18 | 19 | 20 | 21):
+                ca_file = f"set {self.section}.ca_file to the server's root CA{self.ca_hint}"
                 return f"{ca_file}; if it is set, the server may not send intermediate certificates"
+            case ssl.SSLCertVerificationError():
+                return "renew the certificate (the server's or its CA's), or set this host's clock"
             case ssl.SSLError():
-                tls = "the server must speak TLS 1.2 or 1.3 and demand no client certificate"
-                return f"check host and port in {url}; {tls}"
+                tls = "speaks TLS 1.2 or 1.3 and demands no client certificate"
+                return f"check host and port in {url}, and that {self.server} is running, {tls}"
             case TimeoutError():
                 limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
                 return f"check {self.where_to_look}, network and name servers, or raise {limit}"
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
-        return f"check {url} (http or https, host, port), and {self.where_to_look}"
+        return f"check {self.where_to_look}, and {url} (http or https, host, port)"
 
 
 # ---- Proxmox client ------------------------------------------------------------------------------
@@ -1157,14 +1173,20 @@ class HubClient(Client):
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
         super().__init__(config, f"Bearer {config.api_key}", config.api_key)
         self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
-        gateway = "the web server in front of the hub cannot reach it"
         self.hints = {
-            **dict.fromkeys((401, 403), "check hub.api_key and hub.host_id"),
+            400: "check http or https in hub.url; the web server may demand a client certificate",
+            **dict.fromkeys(
+                (401, 403),
+                "check hub.api_key and hub.host_id, and that no other login is in front of the hub",
+            ),
             **dict.fromkeys((404, 405), f"check hub.url, to which {REPORT_PATH} is added"),
             413: "let the hub, and the web server in front of it, accept 4 MiB",
             429: "the hub asks the agent to wait",
             # 520 to 526 are Cloudflare's.
-            **dict.fromkeys((502, 503, 504, *range(520, 527)), gateway),
+            **dict.fromkeys(
+                (502, 503, 504, *range(520, 527)),
+                "the web server in front of the hub cannot reach it; check that the hub is running",
+            ),
         }
         self._logger = logger
         self._warn = WarnOnce(logger)
@@ -1203,14 +1225,15 @@ class HubClient(Client):
         return response
 
     def failure_hint(self, exc: Exception) -> str:
-        if not self.via or isinstance(exc, ssl.SSLError):
-            return super().failure_hint(exc)
-        # Only the message has the proxy's status.
+        # http.client has the proxy's status only in its message.
         match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
+        is_proxys = match or isinstance(exc, ConnectionRefusedError | socket.gaierror)
+        if not self.via or not is_proxys:
+            return super().failure_hint(exc)
         status = match[1] if match else ""
-        if status == "407":
+        if status in ("401", "407"):
             return "check user and password in https_proxy"
-        if status in ("502", "503", "504"):
+        if status in ("500", "502", "503", "504"):
             return "the proxy cannot reach the hub: check hub.url, and that the hub is running"
         return "check https_proxy, and that the proxy allows this host and port; or set no_proxy"
 

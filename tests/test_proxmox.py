@@ -89,7 +89,7 @@ def test_plain_http_is_told_where_it_points_and_to_use_https(
         make_collector(plain_node).collect()
     problem, _, hint = str(caught.value).partition("; ")
     assert problem.endswith(target)
-    assert re.search(r"proxmox\.url.*https", hint)
+    assert re.search(r"https.*proxmox\.url$", hint)
 
 
 def test_reason_is_shown_as_one_printable_line(plain_node: lab.SimulatedNode) -> None:
@@ -133,7 +133,7 @@ def test_hint_for_a_timeout_names_pmxcfs(plain_node: lab.SimulatedNode) -> None:
 def test_refused_connection_names_url_and_service() -> None:
     with lab.SimulatedNode(None) as node:
         collector = make_collector(node)
-    with pytest.raises(agent.TransportError, match=r"refused; .*proxmox\.url.*pveproxy"):
+    with pytest.raises(agent.TransportError, match=r"refused; .*pveproxy.*proxmox\.url"):
         collector.collect()
 
 
