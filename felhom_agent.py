@@ -1225,11 +1225,13 @@ class HubClient(Client):
         return response
 
     def failure_hint(self, exc: Exception) -> str:
+        hint = super().failure_hint(exc)
+        if not self.via or isinstance(exc, ssl.SSLError):
+            return hint
         # http.client has the proxy's status only in its message.
         match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
-        is_proxys = match or isinstance(exc, ConnectionRefusedError | socket.gaierror)
-        if not self.via or not is_proxys:
-            return super().failure_hint(exc)
+        if not match and not isinstance(exc, ConnectionRefusedError | socket.gaierror):
+            return f"{hint}; or https_proxy"
         status = match[1] if match else ""
         if status in ("401", "407"):
             return "check user and password in https_proxy"
