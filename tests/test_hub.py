@@ -1,332 +1,434 @@
-"""The hub client: what it sends, what it makes of each answer, and what it never shows."""
+"""The hub client: what it sends, what it makes of each reply, and how it uses a proxy."""
 
 from __future__ import annotations
 
 import base64
-import json
-import logging
+import contextlib
+import gzip
+import re
+import select
+import socket
+import socketserver
+import threading
 import time
-import traceback
-import urllib.parse
-from collections.abc import Callable, Iterator
-from email.utils import formatdate
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
-from pytest_httpserver import HTTPServer
-from werkzeug import Response
 
 import felhom_agent as agent
 import lab
-from support import LOG, REPORT, SOON, hub_config, said
+from support import SOON, make_collector, make_hub_client, make_report, messages, raw_server
 
-PATH = "/api/v1/host-report"
-KEY = 'k"1/\\+&9=~%41-is-a-secret'
-NO_WISH = agent.ControlEnvelope()
-
-
-@pytest.fixture
-def client(httpserver: HTTPServer) -> agent.HubClient:
-    config = agent.HubConfig(url=httpserver.url_for("").rstrip("/"), host_id="pve1", api_key=KEY, timeout_seconds=5)
-    return agent.HubClient(config, logger=LOG)
+PATH: Final = "/api/v1/host-report"
+EMPTY: Final = agent.build_envelope({})
 
 
 @pytest.fixture
-def plain_hub() -> Iterator[lab.SimulatedHub]:
-    with lab.SimulatedHub(None, api_key=KEY) as hub:
-        yield hub
+def client(plain_hub: lab.SimulatedHub) -> agent.HubClient:
+    return make_hub_client(plain_hub)
 
 
-# --- what is sent -------------------------------------------------------------------------------------------------------------------
+# ---- what is sent --------------------------------------------------------------------------------
 
 
-def test_report_is_posted_with_these_headers_and_no_others(client: agent.HubClient, httpserver: HTTPServer) -> None:
-    httpserver.expect_ordered_request(PATH, method="POST").respond_with_json({})
-    client.report(REPORT)
-    ((request, _),) = httpserver.log
-    body = REPORT.to_json().encode()
-    assert request.get_data() == body
-    assert dict(request.headers) == {
-        "Authorization": f"Bearer {KEY}",
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",
-        "User-Agent": f"felhom-agent/{agent.__version__}",
-        "Content-Length": str(len(body)),
-        "Host": f"localhost:{httpserver.port}",
+def test_report_is_posted_with_these_headers_and_no_others(
+    plain_hub: lab.SimulatedHub, client: agent.HubClient
+) -> None:
+    report = make_report()
+    client.report(report)
+    (request,) = plain_hub.requests
+    assert (request.method, request.path) == ("POST", PATH)
+    assert request.body == report.to_json().encode()
+    assert request.headers == {
+        "authorization": f"Bearer {plain_hub.api_key}",
+        "content-type": "application/json",
+        "accept": "application/json",
+        "accept-encoding": "identity",
+        "user-agent": f"felhom-agent/{agent.__version__}",
+        "content-length": str(len(request.body)),
+        "host": f"127.0.0.1:{plain_hub.port}",
+        "connection": "close",
     }
 
 
+@pytest.mark.parametrize("prefix", ["", "/", "/felhom/hub", "/felhom/"])
+def test_path_prefix_of_the_url_is_kept(plain_hub: lab.SimulatedHub, prefix: str) -> None:
+    plain_hub.base = prefix.rstrip("/")
+    url = f"http://127.0.0.1:{plain_hub.port}{prefix}"
+    assert make_hub_client(plain_hub, url=url).report(make_report()) != EMPTY
+
+
+# ---- what is made of the reply -------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("prefix", "path"),
+    "reply",
     [
-        pytest.param("", PATH, id="none"),
-        pytest.param("/", PATH, id="slash"),
-        pytest.param("/felhom/hub", "/felhom/hub" + PATH, id="prefix"),
-        pytest.param("/felhom/", "/felhom" + PATH, id="prefix-and-slash"),
+        pytest.param(lab.Reply(204), id="204"),
+        pytest.param(lab.Reply(201, body=b"{}"), id="empty object"),
+        pytest.param(lab.Reply(299, body=b'{"further": [{}]}'), id="unknown field"),
+        pytest.param(lab.Reply(body=b"\xef\xbb\xbf \r\n{}"), id="byte order mark"),
     ],
 )
-def test_path_prefix_of_the_url_is_kept(httpserver: HTTPServer, prefix: str, path: str) -> None:
-    httpserver.expect_ordered_request(path, method="POST").respond_with_json({"poll_interval_seconds": 60})
-    config = agent.HubConfig(url=f"http://localhost:{httpserver.port}{prefix}", host_id="pve1", api_key=KEY)
-    assert agent.HubClient(config, logger=LOG).report(REPORT).poll_interval_seconds == 60
+def test_success_that_requests_nothing_changes_nothing(
+    plain_hub: lab.SimulatedHub, client: agent.HubClient, reply: lab.Answer
+) -> None:
+    plain_hub.script(PATH, reply)
+    assert client.report(make_report()) == EMPTY
 
 
-# --- what is made of the answer -----------------------------------------------------------------------------------------------------
+GZIP: Final = gzip.compress(b"{}")
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("reply", "problem"),
     [
-        pytest.param(Response(status=204), id="204"),
-        pytest.param(Response(status=200), id="empty"),
-        pytest.param(Response(" \r\n\t ", status=200), id="white-space"),
-        pytest.param(Response("{}", status=201), id="empty-object"),
-        pytest.param(Response('{"further": {"poll_interval_seconds": 60}}', status=299), id="unknown-field"),
-        pytest.param(Response("{}".ljust(1 << 20), status=200), id="1-mib"),
-    ],
-)
-def test_success_without_a_wish_is_an_envelope_without_one(client: agent.HubClient, httpserver: HTTPServer, answer: Response) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_response(answer)
-    assert client.report(REPORT) == NO_WISH
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param("<!doctype html><title>Log in</title>", id="html"),
-        pytest.param("[]", id="array"),
-        pytest.param("null", id="null"),
-        pytest.param('"{}"', id="string"),
-        pytest.param('{"blocked": false', id="cut-json"),
-        pytest.param("{} {}", id="two-objects"),
-        pytest.param('{"poll_interval_seconds": NaN}', id="nan"),
-        pytest.param('{"a":' * 100_000, id="nested-without-end"),
-        pytest.param("1" * 100_000, id="digits-without-end"),
-        pytest.param(b"\xff\xfe{}", id="no-utf-8"),
-        pytest.param("{}".ljust((1 << 20) + 1), id="1-mib-and-a-byte"),
-    ],
-)
-def test_success_that_is_no_envelope_was_not_the_hub(client: agent.HubClient, httpserver: HTTPServer, body: str | bytes) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_data(body, content_type="application/json")
-    with pytest.raises(agent.TransportError, match=f"POST {PATH}: .*; check hub.url: this is not hub"):
-        client.report(REPORT)
-
-
-@pytest.mark.parametrize("status", [*range(300, 309), *range(400, 432), 451, *range(500, 512), 520, 599])
-def test_other_status_is_an_error_that_has_it(client: agent.HubClient, httpserver: HTTPServer, status: int) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_data("<h1>no</h1>" * 100, status, {"Location": PATH, "Retry-After": "7"})
-    with pytest.raises(agent.HTTPError, match=f"POST {PATH}: {status}") as caught:
-        client.report(REPORT)
-    assert caught.value.status == status
-    assert caught.value.retryable is (status < 400 or status >= 500 or status in (408, 425, 429))
-    assert caught.value.retry_after == (7.0 if status in (429, 503) else None)
-    assert len(httpserver.log) == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "mend"),
-    [(401, "check hub.api_key"), (403, "check hub.api_key and hub.host_id"), (404, f"check hub.url, to which the agent adds {PATH}")],
-)
-def test_refusal_says_what_to_check(client: agent.HubClient, httpserver: HTTPServer, status: int, mend: str) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_data(status=status)
-    with pytest.raises(agent.HTTPError) as caught:
-        client.report(REPORT)
-    assert str(caught.value).endswith(f"; {mend}")
-
-
-@pytest.mark.parametrize(
-    ("answer", "complaint"),
-    [
-        pytest.param(lab.Cut(), "the connection was closed before the answer was complete", id="cut"),
+        # Some web servers give it to whatever path they do not know.
+        pytest.param(lab.Reply(), "empty", id="nothing"),
+        pytest.param(lab.Reply(body=b"<html>Log in</html>"), "", id="HTML"),
+        pytest.param(lab.Reply(body=b"[]"), "JSON object", id="array"),
+        pytest.param(lab.Reply(body=b"null"), "JSON object", id="null"),
+        pytest.param(lab.Reply(body=b'{"blocked": false'), "line 1 column", id="cut"),
+        pytest.param(lab.Reply(body='{"a": "ü"}'.encode("latin-1")), "utf-8", id="latin-1"),
         pytest.param(
-            lab.Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"), "closed before the answer was complete", id="cut-in-the-body"
+            lab.Reply(body=GZIP, headers={"Content-Encoding": "gzip"}),
+            "compressed.*gzip",
+            id="gzip",
         ),
-        pytest.param(lab.Stall(), "no complete answer in time; .*hub.timeout_seconds is the limit", id="time-out"),
-        pytest.param(lab.Raw(b"220 mail.example.com ESMTP\r\n"), "no answer in HTTP; check hub.url: this is not hub", id="no-http"),
+        pytest.param(lab.Reply(body=GZIP), "utf-8", id="gzip unannounced"),
     ],
 )
-def test_no_answer_is_a_transport_error(plain_hub: lab.SimulatedHub, answer: lab.Answer, complaint: str) -> None:
+def test_success_that_is_not_the_hubs_says_what_it_is(
+    plain_hub: lab.SimulatedHub, client: agent.HubClient, reply: lab.Answer, problem: str
+) -> None:
+    """And never that the hub did not answer: it may have the report."""
+    plain_hub.script(PATH, reply)
+    expected = rf"^POST {PATH}: 20\d, .*{problem}.*; check hub\.url"
+    with pytest.raises(agent.TransportError, match=expected):
+        client.report(make_report())
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem", "hint"),
+    [
+        pytest.param(lab.Raw(b"220 mail.example ESMTP\r\n"), "ESMTP", "port", id="mail server"),
+        pytest.param(
+            lab.Raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000), "header line", "", id="long header"
+        ),
+        pytest.param(lab.Stall(), "timed out", r"hub's log.*hub\.timeout_seconds", id="timeout"),
+    ],
+)
+def test_no_response_says_what_happened_and_where_to_look(
+    plain_hub: lab.SimulatedHub, answer: lab.Answer, problem: str, hint: str
+) -> None:
     plain_hub.script("", answer)
-    with pytest.raises(agent.TransportError, match=f"POST {PATH}: 127.0.0.1:{plain_hub.port}: .*{complaint}"):
-        agent.HubClient(hub_config(plain_hub, timeout_seconds=SOON), logger=LOG).report(REPORT)
+    expected = f"^POST {PATH}: 127.0.0.1:{plain_hub.port}: .*{problem}.*; .*{hint}"
+    with pytest.raises(agent.TransportError, match=expected):
+        make_hub_client(plain_hub, timeout_seconds=SOON).report(make_report())
 
 
-def test_refused_connection_is_a_transport_error() -> None:
-    with lab.SimulatedHub(None) as hub:
-        config = hub_config(hub)
-    with pytest.raises(agent.TransportError, match=r"connection refused; check host and port in hub.url"):
-        agent.HubClient(config, logger=LOG).report(REPORT)
+# ---- error statuses ------------------------------------------------------------------------------
 
 
-# --- the envelope -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("value", "seconds"), [("60", 60), ("900.0", 900), ("-1", -1), ("0", 0), ("1e3", 1000)])
-def test_whole_number_is_the_hubs_wish(
-    client: agent.HubClient, httpserver: HTTPServer, caplog: pytest.LogCaptureFixture, value: str, seconds: int
+@pytest.mark.parametrize(
+    "status", [*range(400, 432), 451, *range(500, 512), *range(520, 531), 599, 999]
+)
+def test_error_status_is_told_with_reason_and_hint(
+    plain_hub: lab.SimulatedHub, client: agent.HubClient, status: int
 ) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_data(f'{{"poll_interval_seconds":{value}}}')
-    wish = client.report(REPORT).poll_interval_seconds
-    assert (wish, type(wish), said(caplog)) == (seconds, int, [])
+    plain_hub.script(PATH, lab.Reply(status, "Odd", b"never shown"))
+    with pytest.raises(agent.HTTPError) as caught:
+        client.report(make_report())
+    problem, _, hint = str(caught.value).partition("; ")
+    assert problem == f"POST {PATH}: {status} Odd"
+    assert hint == client.hints.get(status, "check the hub's log")
+    assert caught.value.status == status
+    assert len(plain_hub.requests) == 1
 
 
-@pytest.mark.parametrize("digits", [30, 400, 4000])
-def test_huge_whole_number_is_one_too(client: agent.HubClient, httpserver: HTTPServer, digits: int) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_data(f'{{"poll_interval_seconds":{"9" * digits}}}')
-    wish = client.report(REPORT).poll_interval_seconds
-    assert wish is not None
-    assert wish > agent.MAX_POLL_SECONDS
-
-
-NO_WHOLE_NUMBERS = [
-    '"900"',
-    "true",
-    "false",
-    "null",
-    "1e99",
-    "1e999",
-    "-1e999",
-    "0.5",
-    "[900]",
-    '{"seconds":900}',
-    '"' + "x" * 5000 + '"',
-    '"\\ud800"',
-]
-
-
-@pytest.mark.parametrize("value", NO_WHOLE_NUMBERS, ids=lambda value: value[:12])
-def test_anything_else_is_ignored_with_one_warning(
-    client: agent.HubClient, httpserver: HTTPServer, caplog: pytest.LogCaptureFixture, value: str
+@pytest.mark.parametrize(
+    ("statuses", "words"),
+    [
+        ([401, 403], ["hub.api_key", "hub.host_id"]),
+        ([404, 405], ["hub.url", PATH]),
+        ([413], ["4 MiB"]),
+        ([429], ["wait"]),
+        ([502, 503, 504, 520, 522, 526], ["web server in front of the hub"]),
+    ],
+)
+def test_hints_name_what_helps(
+    client: agent.HubClient, statuses: list[int], words: list[str]
 ) -> None:
-    caplog.set_level(logging.INFO)
-    for _ in range(2):
-        httpserver.expect_ordered_request(PATH).respond_with_data(f'{{"poll_interval_seconds":{value},"blocked":true}}')
-        assert client.report(REPORT) == agent.ControlEnvelope(blocked=True)
-    ((level, text),) = said(caplog)
-    assert (level, "poll_interval_seconds is no whole number" in text, len(text) < 200) == ("WARNING", True, True)
-    httpserver.expect_ordered_request(PATH).respond_with_data('{"poll_interval_seconds":60}')
-    client.report(REPORT)
-    assert [level for level, _ in said(caplog)] == ["WARNING", "INFO"]
+    for status in statuses:
+        assert [word for word in words if word not in client.hints[status]] == []
 
 
-def test_other_fields_are_read_leniently_and_said_at_debug_level(
-    client: agent.HubClient, httpserver: HTTPServer, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    "place", [f"{PATH}/", "https://login.example.com/?next=x", f"https:{PATH}"]
+)
+def test_redirect_says_where_it_points_and_what_hub_url_must_be(
+    plain_hub: lab.SimulatedHub, client: agent.HubClient, status: int, place: str
 ) -> None:
-    caplog.set_level(logging.DEBUG)
-    full = {"poll_interval_seconds": 900, "blocked": True, "desired_generation": 7, "has_signed_ops": True}
-    wrong = {"poll_interval_seconds": 900, "blocked": 1, "desired_generation": True, "has_signed_ops": "yes"}
-    for answer in (full, wrong):
-        httpserver.expect_ordered_request(PATH).respond_with_json(answer)
-    assert client.report(REPORT) == agent.ControlEnvelope(**full)  # type: ignore[arg-type]
-    assert client.report(REPORT) == agent.ControlEnvelope(poll_interval_seconds=900)
-    (level, text), (other_level, _) = said(caplog)
-    assert (level, other_level) == ("DEBUG", "DEBUG")
-    assert "blocked=True, desired_generation=7, has_signed_ops=True" in text
+    plain_hub.script(PATH, lab.Reply(status, "Moved", headers={"Location": place}))
+    with pytest.raises(agent.HTTPError) as caught:
+        client.report(make_report())
+    problem, _, hint = str(caught.value).partition("; ")
+    assert problem == f"POST {PATH}: {status} Moved to {place}"
+    assert [word for word in ("hub.url", "https", "login") if word not in hint] == []
 
 
-# --- Retry-After --------------------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        *(("120", 120), ("0", 0), ("007", 7), ("999999999", 999_999_999)),
+        *((value, None) for value in ("", "soon", "-1", "1.5", "1e3", "12 h", "9" * 5000, "٣")),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", None),
+    ],
+    ids=lambda value: str(value)[:12],
+)
 @pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize(
-    ("value", "least", "most"),
-    [
-        pytest.param("120", 120, 120, id="seconds"),
-        pytest.param("0", 0, 0, id="zero"),
-        pytest.param("999999", 3600, 3600, id="more-than-an-hour"),
-        pytest.param("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0, id="past"),
-        pytest.param("Fri, 31 Dec 9999 23:59:59 GMT", 3600, 3600, id="far-future"),
-    ],
-)
-def test_retry_after_is_heard(client: agent.HubClient, httpserver: HTTPServer, status: int, value: str, least: float, most: float) -> None:
-    httpserver.expect_ordered_request(PATH).respond_with_data("", status, {"Retry-After": value})
-    with pytest.raises(agent.HTTPError) as caught:
-        client.report(REPORT)
-    assert caught.value.retry_after is not None
-    assert least <= caught.value.retry_after <= most
-
-
-def test_answer_without_a_body_has_no_chunks(plain_hub: lab.SimulatedHub) -> None:
-    plain_hub.script("", lab.Raw(b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"))
-    assert agent.HubClient(hub_config(plain_hub), logger=LOG).report(REPORT) == agent.ControlEnvelope()
-
-
-def test_retry_after_may_be_a_date(client: agent.HubClient, httpserver: HTTPServer) -> None:
-    soon = formatdate(time.time() + 600, usegmt=True)  # here: at collection it would be minutes old when the test runs
-    httpserver.expect_ordered_request(PATH).respond_with_data("", 503, {"Retry-After": soon})
-    with pytest.raises(agent.HTTPError) as caught:
-        client.report(REPORT)
-    assert caught.value.retry_after is not None
-    assert 540 <= caught.value.retry_after <= 600
-
-
-@pytest.mark.parametrize("value", ["soon", "", "-1", "1.5", "1e3", "12 monkeys", "Mon, 99 Foo 2026 99:99:99 GMT", "9" * 5000, "٣"])
-def test_retry_after_that_says_nothing_is_none(value: str) -> None:
-    assert agent.parse_retry_after(value, 0.0) is None
-
-
-# --- the key ------------------------------------------------------------------------------------------------------------------------
-
-FORMS: list[Callable[[str], str]] = [
-    str,
-    lambda key: json.dumps(key)[1:-1],
-    lambda key: repr(key)[1:-1],
-    lambda key: urllib.parse.quote(key, safe=""),
-    lambda key: base64.b64encode(key.encode()).decode(),
-]
-
-
-def everything_said(exc: BaseException, caplog: pytest.LogCaptureFixture) -> str:
-    """Of the error and of all that led to it, also what a traceback leaves out."""
-    shown = [caplog.text, *traceback.format_exception(exc)]
-    todo: list[BaseException | None] = [exc]
-    while todo:
-        if (each := todo.pop()) is not None:
-            shown += [str(each), repr(each), repr(vars(each))]
-            todo += [each.__cause__] if each.__suppress_context__ else [each.__cause__, each.__context__]
-    return "\n".join(shown)
-
-
-@pytest.mark.parametrize("form", FORMS, ids=["plain", "json", "python", "url", "base64"])
-@pytest.mark.parametrize(
-    "echo",
-    [
-        pytest.param(lambda key: lab.Reply(400, f"no {key}"), id="reason"),
-        pytest.param(lambda key: lab.Reply(302, "Found", headers={"Location": f"/?{key}"}), id="location"),
-        pytest.param(lambda key: lab.Reply(503, headers={"Retry-After": key}), id="retry-after"),
-        pytest.param(lambda key: lab.Reply(200, body=key.encode()), id="body"),
-        pytest.param(lambda key: lab.Reply(500, body=key.encode()), id="error-body"),
-        pytest.param(lambda key: lab.json_reply({"poll_interval_seconds": key}), id="wish"),
-        pytest.param(lambda key: lab.json_reply({"blocked": key, "desired_generation": key, "has_signed_ops": key}), id="flags"),
-        pytest.param(lambda key: lab.Raw(key.encode() + b"\r\n\r\n"), id="status-line"),
-        pytest.param(lambda key: lab.Raw(f"HTTP/1.1 {key} no\r\n\r\n".encode()), id="status"),
-        pytest.param(lambda key: lab.Raw(f"{key}/1.1 200 OK\r\n\r\n{{}}".encode()), id="version"),
-        pytest.param(lambda key: lab.Raw(f"HTTP/1.1 200 OK\r\nContent-Length: {key}\r\n\r\n".encode()), id="length"),
-        pytest.param(lambda key: lab.Raw(f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{key}\r\n".encode()), id="chunk"),
-        pytest.param(lambda key: lab.Raw(f"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{key}".encode()), id="cut-body"),
-        pytest.param(lambda key: lab.Raw(b"HTTP/1.1 200 OK\r\n\r\n" + key.encode() + b"\xff"), id="no-utf-8"),
-    ],
-)
-def test_key_that_comes_back_goes_no_further(
-    plain_hub: lab.SimulatedHub, caplog: pytest.LogCaptureFixture, echo: Callable[[str], lab.Answer], form: Callable[[str], str]
+def test_retry_after_is_read_in_seconds(
+    plain_hub: lab.SimulatedHub,
+    client: agent.HubClient,
+    status: int,
+    value: str,
+    seconds: int | None,
 ) -> None:
-    caplog.set_level(logging.DEBUG)
-    plain_hub.script("", echo(form(KEY)))
-    client = agent.HubClient(hub_config(plain_hub), logger=LOG)
-    try:
-        shown = repr(client.report(REPORT))
-    except agent.AgentError as exc:
-        shown = everything_said(exc, caplog)
-    for each in FORMS:
-        assert each(KEY).rstrip("=") not in shown + caplog.text + repr(client)
+    plain_hub.script(PATH, lab.Reply(status, headers={"Retry-After": value}))
+    with pytest.raises(agent.HTTPError) as caught:
+        client.report(make_report())
+    assert caught.value.retry_after == seconds
 
 
-def test_key_is_in_no_error_of_the_connection(caplog: pytest.LogCaptureFixture, hub: lab.SimulatedHub) -> None:
-    caplog.set_level(logging.DEBUG)
-    changes: list[dict[str, Any]] = [{"ca_file": ""}, {"url": "http://127.0.0.1:1"}, {"url": f"http://127.0.0.1:{hub.port}"}]
-    for change in changes:
-        config = hub_config(hub, api_key=KEY, **change)
-        with pytest.raises(agent.TransportError) as caught:
-            agent.HubClient(config, logger=LOG).report(REPORT)
-        assert KEY not in everything_said(caught.value, caplog) + repr(config)
+# ---- the envelope --------------------------------------------------------------------------------
+
+
+def envelope_with(hub: lab.SimulatedHub, client: agent.HubClient, value: str) -> Any:
+    hub.script(PATH, lab.Reply(body=b'{"poll_interval_seconds":%b}' % value.encode()))
+    return client.report(make_report()).poll_interval_seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("60", 60), ("900.0", 900), ("-1", -1), ("0", 0), ("1e3", 1000), ("9" * 400, int("9" * 400))],
+    ids=lambda value: str(value)[:9],
+)
+def test_integer_is_the_requested_interval(
+    plain_hub: lab.SimulatedHub,
+    client: agent.HubClient,
+    log: pytest.LogCaptureFixture,
+    value: str,
+    seconds: int,
+) -> None:
+    found = envelope_with(plain_hub, client, value)
+    assert (found, type(found)) == (seconds, int)
+    assert [level for level, _ in messages(log)] == ["DEBUG"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['"900"', "true", "null", "1e99", "1e999", "NaN", "0.5", "[900]", '{"s":900}', '"\\ud800"'],
+)
+def test_other_value_is_ignored_with_one_warning(
+    plain_hub: lab.SimulatedHub,
+    client: agent.HubClient,
+    caplog: pytest.LogCaptureFixture,
+    value: str,
+) -> None:
+    caplog.set_level("INFO")
+    for each in (value, value, "60", value):
+        assert envelope_with(plain_hub, client, each) == (60 if each == "60" else None)
+    levels, lines = zip(*messages(caplog), strict=True)
+    assert levels == ("WARNING", "INFO", "WARNING")
+    assert all("poll_interval_seconds" in line for line in lines)
+
+
+def test_fields_of_another_type_are_none_and_all_are_logged_for_debugging(
+    plain_hub: lab.SimulatedHub, client: agent.HubClient, log: pytest.LogCaptureFixture
+) -> None:
+    valid: dict[str, Any] = {"poll_interval_seconds": 900, "blocked": True}
+    valid |= {"desired_generation": 7, "has_signed_ops": True}
+    plain_hub.envelope = valid
+    assert client.report(make_report()) == agent.ControlEnvelope(**valid)
+    plain_hub.envelope = {"blocked": 1, "desired_generation": True, "has_signed_ops": "yes"}
+    assert client.report(make_report()) == EMPTY
+    (level, line), _ = messages(log)
+    assert level == "DEBUG"
+    assert all(f"{name}={value}" in line for name, value in valid.items())
+
+
+# ---- the proxy -----------------------------------------------------------------------------------
+
+
+class Tunnel(socketserver.BaseRequestHandler):
+    """Passes on whatever follows CONNECT, wherever it was meant to go, to the proxy's target."""
+
+    server: Proxy
+
+    def handle(self) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.request.recv(1)
+        self.server.heads.append(head)
+        self.request.sendall(self.server.reply)
+        if b" 200 " not in self.server.reply:
+            return
+        with socket.create_connection(("127.0.0.1", self.server.target_port)) as onward:
+            other = {self.request: onward, onward: self.request}
+            while True:
+                for source in select.select(list(other), [], [], 10)[0]:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    self.server.passed += data
+                    other[source].sendall(data)
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """An HTTP proxy: `heads` is what it was asked, `passed` all that went through."""
+
+    def __init__(self, target_port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Tunnel)
+        self.target_port = target_port
+        self.reply = b"HTTP/1.1 200 Connection established\r\n\r\n"
+        self.heads: list[bytes] = []
+        self.passed = b""
+
+
+@pytest.fixture
+def far_hub(tmp_path: Path) -> Iterator[lab.SimulatedHub]:
+    """A hub that is hub.example.com, which only the proxy knows."""
+    with lab.SimulatedHub(lab.make_certificates(tmp_path, names=["hub.example.com"])) as hub:
+        yield hub
+
+
+@pytest.fixture
+def proxy(far_hub: lab.SimulatedHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    with Proxy(far_hub.port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("https_proxy", f"http://operator:pass%40wor%2564@{address}")
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+FAR: Final = "https://hub.example.com"
+
+
+@pytest.mark.parametrize(("port", "target"), [("", ":443"), (":8443", ":8443")])
+def test_hub_is_reached_through_the_proxy(
+    far_hub: lab.SimulatedHub, proxy: Proxy, port: str, target: str
+) -> None:
+    make_hub_client(far_hub, url=FAR + port).report(make_report())
+    assert len(far_hub.reports) == 1
+    (head,) = (head.decode() for head in proxy.heads)
+    assert head.startswith(f"CONNECT hub.example.com{target} HTTP/1.")
+    credentials = base64.b64encode(b"operator:pass@wor%64").decode()
+    assert f"proxy-authorization: basic {credentials.lower()}\r\n" in head.lower()
+    # Neither server gets the other's secret.
+    assert far_hub.api_key not in head + proxy.passed.decode("latin-1")
+    assert credentials not in repr(far_hub.requests)
+
+
+def test_hub_behind_the_proxy_must_have_its_name(far_hub: lab.SimulatedHub, proxy: Proxy) -> None:
+    expected = r"other\.example\.com through the proxy .*mismatch.*; .*hub\.url"
+    with pytest.raises(agent.TransportError, match=expected):
+        make_hub_client(far_hub, url="https://other.example.com").report(make_report())
+    assert (len(proxy.heads), far_hub.connections, far_hub.requests) == (1, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem", "hint"),
+    [
+        (b"HTTP/1.1 407 Who?\r\n\r\n", "407 Who", "user and password in https_proxy"),
+        (b"HTTP/1.1 403 Forbidden\r\n\r\n", "403", "https_proxy.*allows.*no_proxy"),
+        (b"HTTP/1.1 502 Bad Gateway\r\n\r\n", "502", "cannot reach the hub.*hub.url"),
+        (b"HTTP/1.1 503 Busy\r\n\r\n", "503 Busy", "cannot reach the hub.*hub.url"),
+        (b"HTTP/1.1 301 Moved\r\nLocation: https://127.0.0.1/\r\n\r\n", "301", "https_proxy"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH", ""),
+        (b"HTTP/1.1 200 OK\r\nX: %b\r\n\r\n" % bytes(70_000), "header line", ""),
+    ],
+    ids=["407", "403", "502", "503", "redirect", "not HTTP", "long header"],
+)
+def test_proxy_that_refuses_is_told_and_its_password_is_not(
+    far_hub: lab.SimulatedHub, proxy: Proxy, reply: bytes, problem: str, hint: str
+) -> None:
+    proxy.reply = reply
+    address = f"127.0.0.1:{proxy.server_address[1]}"
+    with pytest.raises(agent.TransportError) as caught:
+        make_hub_client(far_hub, url=FAR).report(make_report())
+    message = str(caught.value)
+    through = f"^POST {PATH}: hub.example.com through the proxy {address}: "
+    assert re.search(f"{through}.*{problem}.*; .*{hint}", message)
+    assert [secret for secret in ("wor%2564", "wor%64", "operator") if secret in message] == []
+    assert far_hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "reply", [None, b"", b"HTTP/1.1 200 OK\r\n"], ids=["down", "silent", "drips"]
+)
+def test_proxy_that_does_not_answer_is_told_in_time(
+    reply: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(connection: socket.socket) -> None:
+        connection.recv(65536)
+        for _ in range(150):
+            connection.sendall(reply or b"")
+            if select.select([connection], [], [], 0.02)[0]:
+                return
+
+    began = time.monotonic()
+    with raw_server(talk) if reply is not None else closed_port() as port:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        client = make_hub_client(lab.SimulatedHub(None), url=FAR, timeout_seconds=SOON)
+        problem = "refused; .*https_proxy" if reply is None else "timed out; .*timeout_seconds"
+        with pytest.raises(agent.TransportError, match=f"through the proxy .*: .*{problem}"):
+            client.report(make_report())
+    assert time.monotonic() - began < SOON + 1.5
+
+
+@contextlib.contextmanager
+def closed_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    yield port
+
+
+@pytest.mark.parametrize("scheme", ["https", "socks5", "socks5h", "ftp"])
+def test_proxy_that_would_see_its_password_in_the_clear_is_refused(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setenv("https_proxy", f"{scheme}://bob:hunter2@proxy.example.com:3128")
+    with pytest.raises(agent.ConfigError, match=r"https_proxy: .*http://") as caught:
+        make_hub_client(lab.SimulatedHub(None), url=FAR)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_proxy_is_honoured(
+    far_hub: lab.SimulatedHub, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "example.org,.example.com")
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        *(socket, "getaddrinfo"),
+        lambda _host, _port, *rest: look_up("127.0.0.1", far_hub.port, *rest),
+    )
+    make_hub_client(far_hub, url=FAR).report(make_report())
+    assert (len(far_hub.reports), proxy.heads) == (1, [])
+
+
+@pytest.mark.usefixtures("proxy")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_proxy_is_never_used_for_proxmox_nor_for_a_loopback_address(
+    node: lab.SimulatedNode, hub: lab.SimulatedHub, proxy: Proxy, host: str
+) -> None:
+    make_collector(node, url=f"https://{host}:{node.port}").collect()
+    make_hub_client(hub, url=f"https://{host}:{hub.port}").report(make_report())
+    assert proxy.heads == []

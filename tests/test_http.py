@@ -1,0 +1,583 @@
+"""What holds for both clients: time limits, sizes, connections, redirects, TLS and addresses.
+
+Real sockets and real TLS throughout; only host names are looked up in a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import select
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pytest
+
+import felhom_agent as agent
+import lab
+from support import SOON, make_collector, make_hub_client, make_report, proxmox_config, raw_server
+
+STATUS: Final = "/nodes/pve1/status"
+REPORT: Final = "/api/v1/host-report"
+OK: Final = b"HTTP/1.1 200 OK\r\n"
+CHUNKED: Final = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+Request = Callable[..., object]
+
+
+def read_status(node: lab.SimulatedNode | None = None, **changes: Any) -> object:
+    """Make one GET request; `changes` are keys of the configuration."""
+    config = proxmox_config(node or lab.SimulatedNode(None), **changes)
+    with contextlib.closing(agent.ProxmoxClient(config)) as client:
+        return client.node_status()
+
+
+def post_report(hub: lab.SimulatedHub | None = None, **changes: Any) -> object:
+    """Make one POST request."""
+    return make_hub_client(hub or lab.SimulatedHub(None), **changes).report(make_report())
+
+
+both_clients = pytest.mark.parametrize(
+    "request_to", [read_status, post_report], ids=["GET", "POST"]
+)
+
+# ---- the time limit ------------------------------------------------------------------------------
+
+
+Server = Callable[[], contextlib.AbstractContextManager[int]]
+
+
+def slow_server(start: bytes, again: bytes = b"") -> Server:
+    """A server that sends `start` at once and `again` over and over, for a few seconds."""
+
+    def talk(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(start)
+        for _ in range(150):
+            readable = select.select([connection], [], [], 0.02)[0]
+            if readable and not connection.recv(65536):
+                return
+            connection.sendall(again)
+
+    return lambda: raw_server(talk)
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    """A port on which connecting never ends: its queue is full, and nobody takes from it."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def no_alarm_is_left() -> Iterator[None]:
+    yield
+    assert signal.setitimer(signal.ITIMER_REAL, 0) == (0, 0)
+
+
+# Of a record of 16 KiB.
+HANDSHAKE: Final = b"\x16\x03\x03\x40\x00\x02"
+LENGTH: Final = b"Content-Length: 999\r\n\r\n"
+
+
+@both_clients
+@pytest.mark.parametrize(
+    ("scheme", "server"),
+    [
+        pytest.param("https", black_hole, id="connect"),
+        pytest.param("https", slow_server(b""), id="silent handshake"),
+        pytest.param("https", slow_server(HANDSHAKE, b"\0"), id="dripping handshake"),
+        pytest.param("http", slow_server(b""), id="silence"),
+        pytest.param("http", slow_server(b"HTTP/1.1 200 ", b"O"), id="dripping status line"),
+        pytest.param("http", slow_server(OK, b"X: x\r\n"), id="dripping headers"),
+        pytest.param("http", slow_server(OK + LENGTH, b" "), id="dripping body"),
+        pytest.param("http", slow_server(CHUNKED, b"1\r\n \r\n"), id="dripping chunks"),
+    ],
+)
+def test_time_limit_covers_every_stage(scheme: str, server: Server, request_to: Request) -> None:
+    with server() as port:
+        began = time.monotonic()
+        with pytest.raises(agent.TransportError, match=r"timed out; .*timeout_seconds"):
+            request_to(url=f"{scheme}://127.0.0.1:{port}", timeout_seconds=SOON)
+        assert SOON * 0.9 < time.monotonic() - began < SOON + 1.5
+
+
+# An alarm in a finalizer, or in the making of a socket, is Python's own business.
+alarm_anywhere = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@alarm_anywhere
+def test_alarm_is_not_lost_between_chunks(plain_hub: lab.SimulatedHub) -> None:
+    """Python 3.12 and 3.13 do not handle what a signal raises at the end of some loops in a try."""
+    plain_hub.script("", lab.Forever(lab.Raw(CHUNKED + b"1\r\n \r\n" * 20_000)))
+    client, report = make_hub_client(plain_hub, timeout_seconds=SOON / 100), make_report()
+    for _ in range(100):
+        with pytest.raises(agent.TransportError):
+            client.report(report)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@alarm_anywhere
+def test_alarm_that_comes_at_once_is_not_left_on(plain_node: lab.SimulatedNode) -> None:
+    client = agent.ProxmoxClient(proxmox_config(plain_node))
+    for microseconds in [*range(1, 40)] * 5:
+        client.deadline = time.monotonic() + microseconds / 1e6
+        with pytest.raises(agent.TransportError):
+            client.node_status()
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A client and the server that it talks to."""
+
+    server: lab.Server
+    request_to: Request
+    max_bytes: int
+
+    def request(self, **changes: Any) -> object:
+        return self.request_to(self.server, **changes)
+
+
+@pytest.fixture(params=["node", "hub"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Without TLS."""
+    server = request.getfixturevalue(f"plain_{request.param}")
+    if request.param == "node":
+        return Pair(server, read_status, agent.ProxmoxClient.max_bytes)
+    return Pair(server, post_report, agent.HubClient.max_bytes)
+
+
+BODY: Final = b'{"data":{"uptime":1}}'
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param(b"Content-Length: %(length)d\r\n\r\n%(body)b", id="Content-Length"),
+        pytest.param(b"\r\n%(body)b", id="no length"),
+        pytest.param(
+            b"Transfer-Encoding: chunked\r\n\r\n%(length)x\r\n%(body)b\r\n0\r\n\r\n", id="chunk"
+        ),
+    ],
+)
+def test_body_may_have_its_maximum_and_not_a_byte_more(pair: Pair, frame: bytes) -> None:
+    for length in (pair.max_bytes, pair.max_bytes + 1):
+        values = {b"length": length, b"body": BODY.ljust(length)}
+        pair.server.script("", lab.Raw(OK + frame % values))
+    assert pair.request()
+    with pytest.raises(agent.TransportError, match=rf"\b{pair.max_bytes}\b.*; .*\.url"):
+        pair.request()
+
+
+def test_body_in_small_chunks_takes_little_more_memory_than_its_length(pair: Pair) -> None:
+    chunks = b"1\r\n \r\n" * 50_000 + b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    pair.server.script("", lab.Raw(CHUNKED + chunks))
+    tracemalloc.start()
+    try:
+        assert pair.request()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(OK + b"Content-Length: 22\r\n\r\n", id="shorter than its length"),
+        pytest.param(CHUNKED + b"16\r\n", id="inside a chunk"),
+        pytest.param(CHUNKED + b"15\r\n", id="before the last chunk"),
+        pytest.param(CHUNKED + b"zz\r\n", id="chunk size is not a number"),
+        pytest.param(CHUNKED + b"-15\r\n", id="chunk size is negative"),
+    ],
+)
+def test_body_that_was_cut_off_is_not_taken_although_it_could_be_read(
+    pair: Pair, start: bytes
+) -> None:
+    pair.server.script("", lab.Raw(start + BODY))
+    with pytest.raises(agent.TransportError):
+        pair.request()
+
+
+# ---- kept connections ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(node: lab.SimulatedNode) -> Iterator[agent.ProxmoxClient]:
+    with contextlib.closing(agent.ProxmoxClient(proxmox_config(node))) as client:
+        yield client
+
+
+def connections_used(server: lab.Server) -> list[int]:
+    return [request.connection for request in server.requests]
+
+
+def test_cycle_takes_one_connection_to_each_server(
+    node: lab.SimulatedNode, hub: lab.SimulatedHub
+) -> None:
+    node.guests = lab.many_guests(10)
+    collector, client = make_collector(node), make_hub_client(hub)
+    for _ in range(2):
+        client.report(collector.collect())
+    # Neither is kept from cycle to cycle.
+    assert (node.connections, hub.connections) == (2, 2)
+    assert connections_used(node) == sorted(connections_used(node))
+    assert connections_used(hub) == [1, 2]
+    assert node.most_in_flight == 1
+
+
+def test_connection_is_replaced_if_the_server_closed_it_meanwhile(
+    node: lab.SimulatedNode, client: agent.ProxmoxClient
+) -> None:
+    client.node_status()
+    node.__exit__()
+    node.__enter__()
+    assert client.node_status()
+    assert connections_used(node) == [1, 2]
+
+
+def test_connection_is_replaced_once(node: lab.SimulatedNode, client: agent.ProxmoxClient) -> None:
+    node.script(STATUS, lab.Usual(), lab.Cut(), lab.Usual(), lab.Forever(lab.Cut()))
+    assert client.node_status()
+    assert client.node_status()
+    assert connections_used(node) == [1, 1, 2]
+    with pytest.raises(agent.TransportError, match=f"^GET {STATUS}: .*closed.*; "):
+        client.node_status()
+    assert connections_used(node) == [1, 1, 2, 2, 3]
+
+
+def test_post_is_never_sent_twice(hub: lab.SimulatedHub) -> None:
+    client = make_hub_client(hub)
+    client.report(make_report())
+    hub.script("", lab.Cut())
+    with pytest.raises(agent.TransportError, match=f"^POST {REPORT}: .*closed.*; "):
+        client.report(make_report())
+    assert connections_used(hub) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(lab.Reply(status, close=False) for status in (301, 403, 500)),
+        *(lab.Reply(body=body) for body in (b"<html>", b"[]", bytes(9 << 20))),
+        lab.Stall(),
+    ],
+    ids=["301", "403", "500", "HTML", "array", "too large", "timeout"],
+)
+def test_connection_is_closed_after_a_failure(
+    plain_node: lab.SimulatedNode, answer: lab.Answer
+) -> None:
+    plain_node.script(STATUS, lab.Usual(), answer)
+    config = proxmox_config(plain_node, timeout_seconds=SOON)
+    with contextlib.closing(agent.ProxmoxClient(config)) as client:
+        client.node_status()
+        with pytest.raises(agent.AgentError):
+            client.node_status()
+        assert client.node_status()
+    assert connections_used(plain_node) == [1, 1, 2]
+
+
+# ---- redirects -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirect_is_not_followed_and_leaks_neither_secret(
+    node: lab.SimulatedNode,
+    hub: lab.SimulatedHub,
+    certificates: lab.Certificates,
+    status: int,
+) -> None:
+    requests: list[Callable[[], object]] = [lambda: read_status(node), lambda: post_report(hub)]
+    with lab.SimulatedNode(certificates) as target:
+        places = ("/elsewhere", f"{target.url}{STATUS}", f"http://127.0.0.1:{target.port}/", "//[")
+        for place in ("", "file:///etc/hostname", *places):
+            redirect = lab.Reply(status, "Moved", headers={"Location": place})
+            node.script(STATUS, redirect)
+            hub.script(REPORT, redirect)
+            for request in requests:
+                with pytest.raises(agent.HTTPError, match=f": {status} Moved to ") as caught:
+                    request()
+                problem, _, hint = str(caught.value).partition("; ")
+                assert problem.endswith(place)
+                assert ".url" in hint
+                assert caught.value.status == status
+        assert target.connections == 0
+    assert len(node.requests) == len(hub.requests) == 2 + len(places)
+
+
+# ---- certificates --------------------------------------------------------------------------------
+
+Generation = Literal["current", "old", "pve7"]
+
+
+@pytest.mark.parametrize("generation", ["current", "old", "pve7"])
+def test_every_generation_of_certificates_is_accepted(
+    tmp_path: Path, generation: Generation
+) -> None:
+    certificates = lab.make_certificates(tmp_path, generation=generation)
+    with lab.SimulatedNode(certificates) as node, lab.SimulatedHub(certificates) as hub:
+        assert read_status(node)
+        assert post_report(hub)
+
+
+def test_certificate_made_by_openssl_alone_is_accepted(tmp_path: Path) -> None:
+    """Its own CA, and without the extension keyUsage."""
+    paths = {name: tmp_path / name for name in ("ca_file", "cert_file", "key_file")}
+    options = f"""-newkey rsa:2048 -nodes -subj /CN=hub -addext subjectAltName=IP:127.0.0.1
+        -out {paths["cert_file"]} -keyout {paths["key_file"]}"""
+    subprocess.run(["openssl", "req", "-x509", *options.split()], check=True, capture_output=True)
+    paths["ca_file"].write_bytes(paths["cert_file"].read_bytes())
+    with lab.SimulatedHub(lab.Certificates(**paths, fingerprint="")) as hub:
+        assert post_report(hub)
+
+
+def assert_refused(
+    request_to: Request, server: lab.Server, sentence: str, hint: str, **changes: Any
+) -> None:
+    with pytest.raises(agent.TransportError) as caught:
+        request_to(server, **changes)
+    problem, _, shown_hint = str(caught.value).partition("; ")
+    assert re.search(rf": 127\.0\.0\.1:{server.port}: .*{sentence}", problem)
+    assert re.search(hint, shown_hint)
+    # Nothing was sent, and there was no second connection to find out more.
+    assert (server.connections, server.requests) == (1, [])
+
+
+CLOCK: Final = "renew.*clock"
+NAMES: Final = (r"name.*proxmox\.url.*pvenode cert info", r"name.*hub\.url")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence", "hints"),
+    [
+        pytest.param({"not_before_days": -30, "days": 9}, "expired", (CLOCK, CLOCK), id="expired"),
+        pytest.param({"not_before_days": 2}, "not yet valid", (CLOCK, CLOCK), id="not yet valid"),
+        pytest.param({"names": ["pve1.example.lan", "192.0.2.7"]}, "mismatch", NAMES, id="name"),
+        pytest.param({"names": []}, "mismatch", NAMES, id="nameless"),
+    ],
+)
+def test_defective_certificate_is_refused_in_openssls_words(
+    tmp_path: Path, options: dict[str, Any], sentence: str, hints: tuple[str, str]
+) -> None:
+    certificates = lab.make_certificates(tmp_path, **options)
+    with lab.SimulatedNode(certificates) as node, lab.SimulatedHub(certificates) as hub:
+        assert_refused(read_status, node, sentence, hints[0])
+        assert_refused(post_report, hub, sentence, hints[1])
+
+
+@pytest.mark.parametrize("is_set", [True, False], ids=["another CA", "system's CAs"])
+def test_certificate_of_an_unknown_ca_is_refused(
+    node: lab.SimulatedNode,
+    hub: lab.SimulatedHub,
+    certificates: lab.Certificates,
+    hub_certificates: lab.Certificates,
+    is_set: bool,
+) -> None:
+    """A missing intermediate certificate looks the same to the client, so the hint names both."""
+    others = [str(each.ca_file) if is_set else "" for each in (hub_certificates, certificates)]
+    hints = [r"proxmox\.ca_file.*/etc/pve/pve-root-ca\.pem.*intermediate"]
+    hints += [r"hub\.ca_file.*intermediate"]
+    assert_refused(read_status, node, "certificate", hints[0], ca_file=others[0])
+    assert_refused(post_report, hub, "certificate", hints[1], ca_file=others[1])
+
+
+@pytest.mark.parametrize(
+    "form", [str, lambda text: text.replace(":", "").lower()], ids=["colons", "bare"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"names": []}, {"not_before_days": -30, "days": 10}],
+    ids=["good", "nameless", "expired"],
+)
+def test_pinned_certificate_is_accepted_whatever_else_it_is(
+    tmp_path: Path, options: dict[str, Any], form: Callable[[str], str]
+) -> None:
+    certificates = lab.make_certificates(tmp_path, **options)
+    with lab.SimulatedNode(certificates) as node:
+        assert read_status(node, ca_file="", fingerprint=form(certificates.fingerprint))
+
+
+def test_nothing_is_sent_to_another_certificate_than_the_pinned_one(
+    node: lab.SimulatedNode, certificates: lab.Certificates, hub_certificates: lab.Certificates
+) -> None:
+    """Not even if its CA is trusted, and not if it comes with the second connection."""
+    actual = certificates.fingerprint.replace(":", "")
+    wrong = proxmox_config(node, fingerprint=hub_certificates.fingerprint)
+    with pytest.raises(agent.TransportError, match=f"{actual}; .*proxmox.fingerprint"):
+        agent.ProxmoxClient(wrong).node_status()
+    assert (node.connections, node.requests) == (1, [])
+
+    right = proxmox_config(node, fingerprint=certificates.fingerprint)
+    with contextlib.closing(agent.ProxmoxClient(right)) as client:
+        client.node_status()
+        node.__exit__()
+        node.certificates = hub_certificates
+        node.__enter__()
+        with pytest.raises(agent.TransportError, match=r"proxmox\.fingerprint"):
+            client.node_status()
+    assert len(node.requests) == 1
+
+
+# ---- TLS -----------------------------------------------------------------------------------------
+
+
+def old_server(certificates: lab.Certificates) -> ssl.SSLContext:
+    context = certificates.server_context()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    return context
+
+
+def demanding_server(version: ssl.TLSVersion) -> Callable[[lab.Certificates], ssl.SSLContext]:
+    def build(certificates: lab.Certificates) -> ssl.SSLContext:
+        context = certificates.server_context()
+        context.minimum_version = context.maximum_version = version
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(certificates.ca_file)
+        return context
+
+    return build
+
+
+def shake_hands(connection: socket.socket, context: ssl.SSLContext | None) -> None:
+    """Do so with this context, or answer in plain HTTP."""
+    if context is None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        return
+    with context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as tls:
+        with contextlib.suppress(ssl.SSLError):
+            tls.do_handshake()
+        # Until the client leaves: a reset could overtake the alert.
+        while socket.socket.recv(tls, 65536):
+            pass
+
+
+@both_clients
+@pytest.mark.parametrize(
+    ("build_context", "reason"),
+    [
+        pytest.param(old_server, "protocol version", id="TLS 1.0"),
+        pytest.param(
+            demanding_server(ssl.TLSVersion.TLSv1_2), "handshake failure", id="client certificate"
+        ),
+        pytest.param(lambda _: None, "wrong version", id="plain HTTP"),
+        # There the alert comes only with the first read.
+        pytest.param(
+            demanding_server(ssl.TLSVersion.TLSv1_3), "certificate required", id="the same in 1.3"
+        ),
+    ],
+)
+def test_tls_that_fails_is_told_with_openssls_reason(
+    certificates: lab.Certificates,
+    build_context: Callable[[lab.Certificates], ssl.SSLContext | None],
+    reason: str,
+    request_to: Request,
+) -> None:
+    context = build_context(certificates)
+    changes: dict[str, Any] = {"ca_file": str(certificates.ca_file), "timeout_seconds": 5}
+    with (
+        raw_server(lambda connection: shake_hands(connection, context)) as port,
+        pytest.raises(agent.TransportError, match=f"{reason}.*; .*TLS 1.2"),
+    ):
+        request_to(url=f"https://127.0.0.1:{port}", **changes)
+
+
+# ---- addresses -----------------------------------------------------------------------------------
+
+Address = tuple[Any, ...]
+Addresses = dict[str, list[Address]]
+
+
+def address(port: int, family: int = socket.AF_INET) -> Address:
+    return (family, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Addresses:
+    """Host name → its addresses; no other name is known, and none is looked up anywhere else."""
+    known: Addresses = {}
+    real = socket.getaddrinfo
+
+    def look_up(host: str, port: int, family: int = 0, type: int = 0) -> list[Any]:
+        flags = socket.AI_NUMERICHOST
+        return known[host] if host in known else list(real(host, port, family, type, 0, flags))
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return known
+
+
+def test_address_that_does_not_answer_is_followed_by_the_next(
+    node: lab.SimulatedNode, resolve: Addresses
+) -> None:
+    """Each further one has a second more: the alarm comes again."""
+    url, began = "https://pve1.example.lan", time.monotonic()
+    with black_hole() as port:
+        resolve["pve1.example.lan"] = [address(port), address(node.port)]
+        assert read_status(node, url=url, timeout_seconds=SOON)
+        resolve["pve1.example.lan"] = [address(port)] * 2
+        with pytest.raises(agent.TransportError, match="timed out"):
+            read_status(node, url=url, timeout_seconds=SOON)
+    assert time.monotonic() - began < 2 * SOON + 2.5
+
+
+@both_clients
+@pytest.mark.parametrize("family_first", [True, False])
+def test_failure_that_says_most_is_told(
+    resolve: Addresses, request_to: Request, family_first: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refused = address(listener.getsockname()[1])
+    # As ::1 is on a host without IPv6.
+    addresses = [refused, address(1, socket.AF_X25)]
+    resolve["server.example.lan"] = addresses[::-1] if family_first else addresses
+    with pytest.raises(agent.TransportError, match=r": server\.example\.lan: .*refused; .*\.url"):
+        request_to(url="https://server.example.lan")
+    resolve["server.example.lan"] = [addresses[1]]
+    with pytest.raises(agent.TransportError, match="family"):
+        request_to(url="https://server.example.lan")
+
+
+@both_clients
+@pytest.mark.parametrize("host", ["unknown.example", "x" * 64 + ".example", "a..b"])
+def test_name_without_an_address_is_a_failed_request(
+    resolve: Addresses, request_to: Request, host: str
+) -> None:
+    with pytest.raises(agent.TransportError, match=rf": {re.escape(host)}: .*; .*\.url"):
+        request_to(url=f"https://{host}")
+
+
+def test_name_server_may_be_slow(
+    node: lab.SimulatedNode, resolve: Addresses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve["pve1.example.lan"] = [address(node.port)]
+    look_up = socket.getaddrinfo
+    slow = threading.Event()
+
+    def look_up_slowly(*arguments: Any) -> Any:
+        slow.wait(SOON)
+        return look_up(*arguments)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_slowly)
+    assert read_status(node, url="https://pve1.example.lan", timeout_seconds=3 * SOON)
