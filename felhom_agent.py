@@ -192,7 +192,7 @@ FORMS: Final = {
     "proxmox.ca_file": ABSOLUTE,
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
     "proxmox.timeout_seconds": TIMEOUT,
-    "proxmox.extras": (r"((qemu|storage|backups)( |$))*", "a list of qemu, storage, backups"),
+    "proxmox.extras": (r"((qemu|storage|backups)(\n|$))*", "a list of qemu, storage, backups"),
     "hub.url": (URL + PORT + PATH, "https://host[:port][/path] in ASCII (xn--…)"),
     "hub.host_id": (r"\S(.{0,253}\S)?", "1 to 255 characters, without spaces at the ends"),
     "hub.api_key": SECRET,
@@ -307,7 +307,7 @@ def load_section(
         is_typed = type(value) is expected_type
         values[name] = value if is_typed else default
         pattern, expected = FORMS[key]
-        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        text = "\n".join(value) if isinstance(value, tuple) else str(value)
         if not is_typed or not re.fullmatch(pattern, text, re.ASCII):
             problems[key] = f"must be {expected}" if text or not is_typed else "is required"
             # Any other value, and the path, may have a secret in it.
@@ -652,6 +652,23 @@ def raise_timeout(*_: object) -> None:
     raise TimeoutError("timed out")
 
 
+def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off.
+
+    A function of its own, because Python 3.12 and 3.13 do not protect the jump at the end of such a
+    loop by a `try` around it: the alarm would be lost there.
+    """
+    body = b""
+    # Not read(n): it allocates whatever size a chunk claims to have.
+    while piece := response.read1(65536):
+        body += piece
+        if len(body) > max_bytes:
+            raise ValueError(f"the reply is longer than {max_bytes} bytes")
+    if response.length:
+        raise http.client.IncompleteRead(body, response.length)
+    return body
+
+
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
@@ -678,8 +695,9 @@ class Client:
                 self.context.load_verify_locations(config.ca_file)
             else:
                 self.context.load_default_certs()
-        except OSError as exc:
-            problem = "no PEM certificate in it" if isinstance(exc, ssl.SSLError) else exc.strerror
+        except (OSError, ValueError) as exc:
+            is_pem = not isinstance(exc, ssl.SSLError)
+            problem = getattr(exc, "strerror", exc) if is_pem else "no PEM certificate in it"
             shown = f"{self.section}.ca_file: {sanitize(config.ca_file)}"
             raise ConfigError(f"config: {shown}: {problem}") from None
         self.secret = secret
@@ -702,7 +720,6 @@ class Client:
         if seconds <= 0:
             hint = f"raise {self.section}.timeout_seconds ({self.timeout_seconds})"
             raise TransportError(f"{operation}: no time left in this cycle; {hint}")
-        content = b""
         try:
             # A socket's timeout bounds one read; the alarm bounds everything, CONNECT included.  It
             # repeats each second: a finalizer swallows it, a connect only tries the next address.
@@ -710,13 +727,7 @@ class Client:
                 signal.setitimer(signal.ITIMER_REAL, seconds, 1)
                 with self.send(method, path, body) as response:
                     is_success = 200 <= response.status < 300
-                    # Not read(n): it allocates whatever size a chunk claims to have.
-                    while is_success and (piece := response.read1(65536)):
-                        content += piece
-                        if len(content) > self.max_bytes:
-                            raise ValueError(f"the reply is longer than {self.max_bytes} bytes")
-                    if is_success and response.length:
-                        raise http.client.IncompleteRead(content, response.length)
+                    content = read_body(response, self.max_bytes) if is_success else b""
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as exc:
@@ -1090,7 +1101,7 @@ class Collector:
         now, then = get_int(status, "uptime"), get_int(node, "uptime")
         age = now - then if now is not None and then is not None else -1
         stale = not 0 <= age <= MAX_AGE_SECONDS
-        what, since = "", "for 5 minutes or since its start"
+        what, since = "", "yet, or for 5 minutes"
         if stale:
             what = "guests and storages"
             since = f"for {age} s" if age > MAX_AGE_SECONDS else since
@@ -1356,7 +1367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.selftest or hub is None:
         return selftest(collector, hub, formatter.secrets)
-    return run_daemon(collector, hub, config.hub)
+    run_daemon(collector, hub, config.hub)
+    return 0
 
 
 def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]) -> int:
@@ -1383,14 +1395,14 @@ def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]
     return 1 if "error" in result else 0
 
 
-def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
-    """Report until SIGTERM or SIGINT; return 0."""
+def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> None:
+    """Report until SIGTERM or SIGINT."""
 
     def stop(number: int, _: object) -> None:
-        # Blocked, not ignored: Python restores the default action before it ends.
-        if number not in signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)):
-            # Not an Exception, so nothing catches it on its way.
-            raise SystemExit(signal.Signals(number).name)
+        notify("STOPPING=1")
+        LOG.info("stopped by %s", signal.Signals(number).name)
+        # Not sys.exit: its exception can be lost in a finalizer, and there is nothing to clean up.
+        os._exit(0)
 
     cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
     cycle_seconds += SYSTEMCTL_SECONDS + LOOKUP_SECONDS
@@ -1399,17 +1411,12 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> int:
         secrets = (collector.proxmox.secret, hub.secret)
         notify_status(sanitize(status, secrets), seconds + cycle_seconds)
 
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
-        started = "started version=%s host_id=%s url=%s interval=%d"
-        LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
-        notify_wait("preparing the first report", 0)
-        Loop(collector, hub, config.poll_seconds, logger=LOG, notify=notify_wait).run()
-    except SystemExit as exc:
-        notify("STOPPING=1")
-        LOG.info("stopped by %s", exc)
-    return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    started = "started version=%s host_id=%s url=%s interval=%d"
+    LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
+    notify_wait("preparing the first report", 0)
+    Loop(collector, hub, config.poll_seconds, logger=LOG, notify=notify_wait).run()
 
 
 if __name__ == "__main__":

@@ -855,7 +855,7 @@ def test_report_within_the_contract_is_accepted(
         ("guests.0.vmid", 99),
         ("guests.0.vmid", 102),
         ("guests.0.vmid", 101),
-        ("guests.0.name", "x" * 257),
+        ("guests.0.name", "x" * 513),
         ("storage_targets.0.status", "active"),
         ("storage_targets.0.storage", "local"),
         ("storage_targets.1.used_bytes", 1),
