@@ -88,7 +88,9 @@ def test_configuration_table_has_every_key_with_its_default() -> None:
         elif key == "proxmox.node":
             assert shown == default
         else:
-            expected = json.dumps(default) if not isinstance(default, str) or not default else default
+            expected = (
+                json.dumps(default) if not isinstance(default, str) or not default else default
+            )
             assert documented[key].split("`")[1] == expected
 
 
@@ -115,7 +117,7 @@ def test_selftest_table_has_every_mode() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere_and_lines_fit(page: Path) -> None:
+def test_links_lead_somewhere_and_lines_but_tables_fit(page: Path) -> None:
     text = page.read_text("utf-8")
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not target.startswith("https://"):
@@ -123,7 +125,8 @@ def test_links_lead_somewhere_and_lines_fit(page: Path) -> None:
     headings = re.findall(r"(?m)^#+ (.*)$", text)
     anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
     assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors
-    assert [line for line in text.split("\n") if len(line) > 100] == []
+    too_long = [line for line in text.split("\n") if len(line) > 100 and line[0] != "|"]
+    assert too_long == []
 
 
 def test_readme_is_read_to_its_end() -> None:
