@@ -686,6 +686,7 @@ class Client:
         self.url = config.url.rstrip("/")
         self.netloc = config.url.split("/")[2]
         self.timeout_seconds = config.timeout_seconds
+        self.limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
         # Unlike ssl.create_default_context: no SSLKEYLOGFILE, and no VERIFY_X509_STRICT on Python
         # 3.13, which most CAs that Proxmox made before March 2026 fail.
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -718,8 +719,7 @@ class Client:
         operation = f"{method} {path}"
         seconds = min(self.timeout_seconds, self.deadline - time.monotonic())
         if seconds <= 0:
-            hint = f"raise {self.section}.timeout_seconds ({self.timeout_seconds})"
-            raise TransportError(f"{operation}: no time left in this cycle; {hint}")
+            raise TransportError(f"{operation}: no time left in this cycle; raise {self.limit}")
         try:
             # A socket's timeout bounds one read; the alarm bounds everything, CONNECT included.  It
             # repeats each second: a finalizer swallows it, a connect only tries the next address.
@@ -767,9 +767,7 @@ class Client:
     def unexpected(self, operation: str, problem: str, status: int = 200) -> TransportError:
         """Return the error for a response that this server would not send."""
         reply = f"{operation}: {status}, but the reply is unusable ({self.clean(problem)})"
-        hint = (
-            f"check {self.section}.url, and that nothing in front of {self.server} changes replies"
-        )
+        hint = f"check {self.section}.url, and what is in front of {self.server}"
         return TransportError(f"{reply}; {hint}")
 
     def _no_response(self, operation: str, exc: Exception) -> TransportError:
@@ -778,20 +776,16 @@ class Client:
             exc = exc.reason
         # Without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)".
         problem = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(exc)) or type(exc).__name__
-        hint = self.failure_hint(exc)
-        return TransportError(
-            f"{operation}: {self.netloc}{self.via}: {self.clean(problem)}; {hint}"
-        )
+        problem = f"{self.clean(problem)}; {self.failure_hint(exc)}"
+        return TransportError(f"{operation}: {self.netloc}{self.via}: {problem}")
 
     def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
         status = self.clean(f"{response.status} {response.reason}".rstrip())
         hint = self.hints.get(response.status, f"check {self.where_to_look}")
         if 300 <= response.status < 400:
             status += f" to {self.clean(response.headers.get('Location', 'nowhere'))}"
-            hint = (
-                f"{self.server} must answer under this path itself, without redirect or login page"
-            )
-            hint += f"; for https or another host, change {self.section}.url"
+            rule = "must answer under this path itself, without login; for https or another host,"
+            hint = f"{self.server} {rule} change {self.section}.url"
         wait = response.headers.get("Retry-After", "").strip()
         retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
@@ -816,8 +810,9 @@ class Client:
                 tls = "speaks TLS 1.2 or 1.3 and demands no client certificate"
                 return f"check host and port in {url}, and that {self.server} is running, {tls}"
             case TimeoutError():
-                limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
-                return f"check {self.where_to_look}, network and name servers, or raise {limit}"
+                return (
+                    f"check {self.where_to_look}, network and name servers, or raise {self.limit}"
+                )
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
         return f"check {self.where_to_look}, and {url} (http or https, host, port)"
@@ -1184,20 +1179,19 @@ class HubClient(Client):
     def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
         super().__init__(config, f"Bearer {config.api_key}", config.api_key)
         self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
+        login = "check hub.api_key and hub.host_id, and that no other login is in front of the hub"
+        path = f"check hub.url, to which {REPORT_PATH} is added"
+        gateway = (
+            "the web server in front of the hub cannot reach it; check that the hub is running"
+        )
         self.hints = {
             400: "check http or https in hub.url; the web server may demand a client certificate",
-            **dict.fromkeys(
-                (401, 403),
-                "check hub.api_key and hub.host_id, and that no other login is in front of the hub",
-            ),
-            **dict.fromkeys((404, 405), f"check hub.url, to which {REPORT_PATH} is added"),
+            **dict.fromkeys((401, 403), login),
+            **dict.fromkeys((404, 405), path),
             413: "let the hub, and the web server in front of it, accept 4 MiB",
             429: "the hub asks the agent to wait",
             # 520 to 526 are Cloudflare's.
-            **dict.fromkeys(
-                (502, 503, 504, *range(520, 527)),
-                "the web server in front of the hub cannot reach it; check that the hub is running",
-            ),
+            **dict.fromkeys((502, 503, 504, *range(520, 527)), gateway),
         }
         self._logger = logger
         self._warn = WarnOnce(logger)
@@ -1205,10 +1199,8 @@ class HubClient(Client):
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.HTTPHandler())
         self._opener.add_handler(HubHTTPSHandler(context=self.context))
-        proxy = urllib.request.getproxies().get("https", "")
-        bypass = urllib.request.proxy_bypass(self.netloc) or re.fullmatch(
-            LOOPBACK + PORT, self.netloc
-        )
+        proxy, host = urllib.request.getproxies().get("https", ""), self.netloc
+        bypass = urllib.request.proxy_bypass(host) or re.fullmatch(LOOPBACK + PORT, host)
         if proxy and not bypass:
             # Any other scheme would not encrypt the password either.
             form = r"http://([^@/:\s]+(:[^@/\s]*)?@)?(?P<address>[^@/\s]*[^@/:\s]:[0-9]{1,5})/?"
