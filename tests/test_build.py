@@ -71,10 +71,6 @@ def run(
     )
 
 
-def list_files(folder: Path) -> set[tuple[str, int]]:
-    return {(str(path), path.stat().st_mtime_ns) for path in folder.rglob("*")}
-
-
 # --- the archive ---------------------------------------------------------------------------------
 
 
@@ -141,24 +137,6 @@ def test_archive_writes_nothing_beside_itself(
     assert list(tmp_path.iterdir()) == [copy]
 
 
-def test_second_start_unpacks_nothing(
-    pyz: Path, bare_environment: dict[str, str], tmp_path: Path
-) -> None:
-    environment = {**bare_environment, "SHIV_ROOT": str(tmp_path)}
-    run(pyz, "--version", environment=environment)
-    unpacked = list_files(tmp_path)
-    assert run(pyz, "--version", environment=environment).returncode == 0
-    assert list_files(tmp_path) == unpacked
-
-
-def test_exit_status_of_main_is_that_of_the_process(
-    pyz: Path, bare_environment: dict[str, str], tmp_path: Path
-) -> None:
-    missing = str(tmp_path / "missing.json")
-    done = run(pyz, "--selftest=config", "--config", missing, environment=bare_environment)
-    assert (done.returncode, done.stdout) == (2, "")
-
-
 def test_selftest_hub_sends_the_one_report_that_it_prints(
     pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub
 ) -> None:
@@ -167,45 +145,7 @@ def test_selftest_hub_sends_the_one_report_that_it_prints(
     assert [json.loads(done.stdout)["report"]] == hub.reports
 
 
-def test_daemon_reports_at_once_and_exits_with_0_on_sigterm(
-    pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub
-) -> None:
-    command = [PYTHON, "-I", str(pyz)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as daemon:
-        try:
-            hub.wait_for_reports(1, 20)
-            daemon.send_signal(signal.SIGTERM)
-            _, log = daemon.communicate(timeout=5)
-        finally:
-            daemon.kill()
-    assert daemon.returncode == 0, log
-    assert len(hub.reports) == 1
-
-
 # --- build.sh ------------------------------------------------------------------------------------
-
-
-def test_unknown_command_shows_the_usage_and_exits_with_2() -> None:
-    command = ["sh", str(ROOT / "build.sh"), "frobnicate"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: ./build.sh ")
-
-
-def test_python_that_is_too_old_is_refused(tmp_path: Path) -> None:
-    old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\necho 3.10 /usr\n", "utf-8")
-    old.chmod(0o755)
-    done = subprocess.run(
-        ["sh", ROOT / "build.sh"],
-        env={**os.environ, "PYTHON": str(old)},
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert f"{old} is Python 3.10, but 3.11 is needed" in done.stderr
 
 
 def test_demo_shows_the_report_and_leaves_no_process() -> None:

@@ -75,13 +75,6 @@ def test_version(call: Run) -> None:
     assert call("--version") == Outcome(OK, "felhom-agent 0.3.0\n", "")
 
 
-def test_help_names_every_option(call: Run) -> None:
-    outcome = call("--help")
-    options = {"help", "config", "selftest", "log-level", "print", "version"}
-    assert outcome.status == OK
-    assert set(re.findall(r"--([a-z-]+)", outcome.out)) == options
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -105,14 +98,6 @@ def test_print_needs_no_configuration(call: Run, name: str, file: str) -> None:
     assert outcome.out.encode() == MODULE.with_name(file).read_bytes()
 
 
-@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
-def test_log_level(run: Run, level: str) -> None:
-    outcome = run(CONFIG, "--log-level", level, hub={"poll_seconds": 5})
-    assert outcome.status == OK
-    assert logging.getLevelName(agent.LOG.level) == level.upper()
-    assert (" WARNING config: hub.poll_seconds: " in outcome.err) == (level != "error")
-
-
 def test_selftest_of_the_configuration_prints_what_is_in_effect(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,19 +108,6 @@ def test_selftest_of_the_configuration_prints_what_is_in_effect(
     assert outcome.document == json.loads(json.dumps(config.redacted()))
     assert outcome.document["hub"]["host_id"] == "of the environment"
     assert "hunter" not in outcome.out
-
-
-@ALL_MODES
-@pytest.mark.parametrize("content", [None, "{", "[]"], ids=["missing", "no JSON", "no object"])
-def test_file_that_is_not_a_configuration(
-    call: Run, tmp_path: Path, mode: str, content: str | None
-) -> None:
-    path = tmp_path / "agent.json"
-    if content is not None:
-        path.touch(mode=0o600)
-        path.write_text(content, "utf-8")
-    (line,) = errors(call(*mode.split(), "--config", str(path)))
-    assert line.startswith(f"config: {path}: ")
 
 
 @ALL_MODES
@@ -192,26 +164,6 @@ def test_proxy_of_another_form_is_refused_at_the_start(
     assert "hunter" not in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("section", "variables"),
-    [
-        ({}, {"https_proxy": BAD_PROXY}),
-        (ELSEWHERE, {"https_proxy": BAD_PROXY, "no_proxy": "example.com"}),
-        (ELSEWHERE, {"http_proxy": BAD_PROXY, "all_proxy": BAD_PROXY}),
-        (ELSEWHERE, {"https_proxy": "http://127.0.0.1:3128"}),
-        (ELSEWHERE, {"HTTPS_PROXY": "http://bob:hunter%402@proxy.example.com:3128/"}),
-    ],
-    ids=["loopback", "no_proxy", "other variables", "http", "with password"],
-)
-def test_proxy_that_is_valid_or_not_used_is_no_problem(
-    run: Run, monkeypatch: pytest.MonkeyPatch, section: object, variables: dict[str, str]
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    outcome = run(CONFIG, hub=section)
-    assert (outcome.status, outcome.err) == (OK, "")
-
-
 # ---- self-tests ----------------------------------------------------------------------------------
 
 
@@ -257,15 +209,6 @@ def test_selftest_of_the_hub_prints_report_and_envelope(run: Run, hub: lab.Simul
     envelope = {**dict.fromkeys(fields), **hub.envelope}
     assert outcome.document == {"report": hub.reports[0], "envelope": envelope}
     assert len(hub.requests) == 1
-
-
-@pytest.mark.skipif(os.path.lexists(agent.DEFAULT_PATH), reason="the default path exists here")
-def test_environment_alone_is_enough(
-    call: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in lab.environment(node, hub).items():
-        monkeypatch.setenv(name, value)
-    assert call(HUB).document["report"] == hub.reports[0]
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])

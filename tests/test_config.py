@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import felhom_agent as agent
 from support import LOG, MODULE, messages
@@ -500,34 +498,3 @@ def test_refused_secret_is_not_shown(
     assert list(problems(config)) == [key]
     shown = [str(problems(config)), repr(config), str(config.redacted()), log.text]
     assert not [text for text in shown if "hunter2" in text]
-
-
-# ---- whatever the file says ----------------------------------------------------------------------
-
-ANY_TEXT: Final = st.text(max_size=20) | st.sampled_from(["https://h", "a@b!c", "60", "qemu"])
-ANY_JSON: Final = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
-    max_leaves=8,
-)
-ANY_NAME: Final = st.sampled_from([key.partition(".")[2] for key in KEYS]) | st.text(max_size=8)
-ANY_SECTION: Final = st.dictionaries(ANY_NAME, ANY_JSON, max_size=8) | ANY_JSON
-ANY_DOCUMENT: Final = st.dictionaries(st.sampled_from([*SECTIONS, "authz", "x"]), ANY_SECTION)
-ANY_BYTES: Final = st.binary(max_size=50) | st.text('{}[]",:\\u0 1e-hub', max_size=50).map(
-    str.encode
-)
-VARIABLES: Final = st.sampled_from([name for key in KEYS for name in with_variable(key, "")])
-
-
-@given(ANY_DOCUMENT | ANY_JSON | ANY_BYTES, st.dictionaries(VARIABLES, ANY_TEXT, max_size=5))
-def test_anything_is_a_configuration_or_an_error(
-    load: Load, document: object, environ: dict[str, str]
-) -> None:
-    try:
-        config = load(document, environ)
-        assert 60 <= config.hub.poll_seconds <= 3600
-        json.dumps(config.redacted(), allow_nan=False)
-        config.validate()
-    except agent.ConfigError as exc:
-        lines = str(exc).split("\n")
-        assert all(line.startswith("config: ") and line.isprintable() for line in lines)

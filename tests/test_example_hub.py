@@ -171,24 +171,6 @@ def test_a_bad_request_is_refused_with_a_reason(
     assert running.stored() == []
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "allow"),
-    [
-        ("GET", PATH, 405, "POST"),
-        ("PUT", PATH, 405, "POST"),
-        ("POST", "/", 405, "GET"),
-        ("POST", f"{PATH}/", 404, None),
-        ("GET", "/favicon.ico", 404, None),
-    ],
-)
-def test_other_paths_and_methods(
-    method: str, path: str, status: int, allow: str | None, running: Running
-) -> None:
-    response, text = running.request(method, path, body=GOOD)
-    assert (response.status, bool(json.loads(text)["error"])) == (status, True)
-    assert allow is None or response.headers["Allow"] == allow
-
-
 HOST: Final = make_document()["host"]
 INVALID: Final = {
     "no-guests": {"guests": None},
@@ -380,18 +362,6 @@ def test_a_restart_neither_repeats_nor_forgets_an_alarm(
         running.post(make_document())
         running.hub.announce(command)
         assert told() == ["pve1 back 2"]
-
-
-@pytest.mark.parametrize("failing", ["/nonexistent", "/bin/false"])
-def test_a_command_that_fails_ends_nothing(
-    failing: str, running: Running, caplog: pytest.LogCaptureFixture
-) -> None:
-    running.clock.now += DAY
-    running.post(make_document())
-    running.clock.now += OVERDUE_AFTER + 1
-    running.hub.announce(failing)
-    assert failing in caplog.text
-    assert "pve1 is overdue" in caplog.text
 
 
 # ---- page ----------------------------------------------------------------------------------------

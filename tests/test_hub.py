@@ -110,25 +110,6 @@ def test_success_that_is_not_the_hubs_says_what_it_is(
         client.report(make_report())
 
 
-@pytest.mark.parametrize(
-    ("answer", "problem", "hint"),
-    [
-        pytest.param(lab.Raw(b"220 mail.example ESMTP\r\n"), "ESMTP", "port", id="mail server"),
-        pytest.param(
-            lab.Raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000), "header line", "", id="long header"
-        ),
-        pytest.param(lab.Stall(), "timed out", r"hub's log.*hub\.timeout_seconds", id="timeout"),
-    ],
-)
-def test_no_response_says_what_happened_and_where_to_look(
-    plain_hub: lab.SimulatedHub, answer: lab.Answer, problem: str, hint: str
-) -> None:
-    plain_hub.script("", answer)
-    expected = f"^POST {PATH}: 127.0.0.1:{plain_hub.port}: .*{problem}.*; .*{hint}"
-    with pytest.raises(agent.TransportError, match=expected):
-        make_hub_client(plain_hub, timeout_seconds=SOON).report(make_report())
-
-
 # ---- error statuses ------------------------------------------------------------------------------
 
 
@@ -244,20 +225,6 @@ def test_other_value_is_ignored_with_one_warning(
     levels, lines = zip(*messages(caplog), strict=True)
     assert levels == ("WARNING", "INFO", "WARNING")
     assert all("poll_interval_seconds" in line for line in lines)
-
-
-def test_fields_of_another_type_are_none_and_all_are_logged_for_debugging(
-    plain_hub: lab.SimulatedHub, client: agent.HubClient, log: pytest.LogCaptureFixture
-) -> None:
-    valid: dict[str, Any] = {"poll_interval_seconds": 900, "blocked": True}
-    valid |= {"desired_generation": 7, "has_signed_ops": True}
-    plain_hub.envelope = valid
-    assert client.report(make_report()) == agent.ControlEnvelope(**valid)
-    plain_hub.envelope = {"blocked": 1, "desired_generation": True, "has_signed_ops": "yes"}
-    assert client.report(make_report()) == EMPTY
-    (level, line), _ = messages(log)
-    assert level == "DEBUG"
-    assert all(f"{name}={value}" in line for name, value in valid.items())
 
 
 # ---- the proxy -----------------------------------------------------------------------------------
@@ -399,16 +366,6 @@ def closed_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     yield port
-
-
-@pytest.mark.parametrize("scheme", ["https", "socks5", "socks5h", "ftp"])
-def test_proxy_that_would_see_its_password_in_the_clear_is_refused(
-    monkeypatch: pytest.MonkeyPatch, scheme: str
-) -> None:
-    monkeypatch.setenv("https_proxy", f"{scheme}://bob:hunter2@proxy.example.com:3128")
-    with pytest.raises(agent.ConfigError, match=r"https_proxy: .*http://") as caught:
-        make_hub_client(lab.SimulatedHub(None), url=FAR)
-    assert "hunter2" not in str(caught.value)
 
 
 def test_no_proxy_is_honoured(

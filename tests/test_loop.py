@@ -16,7 +16,7 @@ import pytest
 
 import felhom_agent as agent
 import lab
-from support import LOG, make_collector, make_hub_client, make_report, messages
+from support import LOG, make_hub_client, make_report, messages
 
 DOWN: Final = agent.TransportError("POST /report: hub.example: Connection refused; check the port")
 BUSY: Final = agent.HTTPError("POST /report: 503 Busy; wait", status=503)
@@ -281,37 +281,6 @@ def test_failures_are_logged_when_they_begin_change_and_end(log: pytest.LogCaptu
     assert (lines[0], lines[1], lines[3]) == (str(DOWN), str(BUSY), str(DOWN))
     assert "4 failure" in lines[2]
     assert "1 failure" in lines[4]
-
-
-def test_bug_is_named_and_its_traceback_is_shown_once(log: pytest.LogCaptureFixture) -> None:
-    World(*[ZeroDivisionError("of ours")] * 3, None).loop().run(4)
-    assert [level for level, _ in messages(log)[:4]] == ["WARNING", "DEBUG", "DEBUG", "INFO"]
-    assert [bool(record.exc_info) for record in log.records[:4]] == [True, False, False, False]
-    assert re.search("bug in the agent.*ZeroDivisionError", messages(log)[0][1])
-    assert "in reply" in log.text
-
-
-def test_real_failures_are_logged_with_their_cause(
-    plain_node: lab.SimulatedNode, plain_hub: lab.SimulatedHub, log: pytest.LogCaptureFixture
-) -> None:
-    world = World()
-    plain_node.guests = lab.many_guests(2)
-    busy = lab.Reply(503, headers={"Retry-After": "120"})
-    plain_hub.script("", lab.Reply(404), busy, lab.Cut(), lab.Cut())
-    plain_node.script("/nodes/pve1/status", *[lab.Usual()] * 4, lab.Reply(595, "No route to host"))
-    node, hub = make_collector(plain_node), make_hub_client(plain_hub)
-    world.loop(lambda: 0.0, node=node, hub=hub).run(6)
-    warnings = [line for level, line in messages(log) if level == "WARNING"]
-    patterns = [
-        r"POST .*: 404 Not Found; .",
-        r"POST .*: 503 .*; .",
-        r"POST .*: .*closed.*; .",
-        r"GET /nodes/pve1/status: 595 No route to host; .",
-    ]
-    matches = [re.match(*pair) for pair in zip(patterns, warnings, strict=True)]
-    assert all(matches), warnings
-    assert len(plain_hub.reports) == 1
-    assert world.waits == [7.5, 120, 120, 450, 450, 900]
 
 
 # ---- the status that `systemctl status` shows ----------------------------------------------------

@@ -284,17 +284,3 @@ def test_all_privileges_are_judged_by_the_selftest_alone(
     ((level, text),) = messages(log)
     assert (level, "more than read: Sys.Modify, VM.PowerMgmt; " in text) == ("WARNING", True)
     assert "PVEAuditor" in text
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [[], None, {"/vms": []}, {"/vms": "VM.Audit"}, {"/vms": {"VM.Audit": 0}}, {"/": {}}],
-    ids=repr,
-)
-def test_permissions_that_grant_nothing_do_not_make_a_report_without_guests(
-    plain_node: lab.SimulatedNode, reply: object
-) -> None:
-    plain_node.guests = []
-    plain_node.script("/access/permissions", lab.Forever(lab.json_reply({"data": reply})))
-    with pytest.raises(agent.AgentError, match=r"VM\.Audit|/access/permissions"):
-        make_collector(plain_node).collect()

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pytest
@@ -122,51 +122,6 @@ def test_unknown_values_are_null_and_collections_are_empty_lists() -> None:
     assert document["guests"][0]["name"] == ""
     assert document["guests"][0]["spec"] == dict.fromkeys(EXAMPLE["guests"][0]["spec"])
     assert [document[name] for name in COLLECTIONS] == [[]] * 5
-
-
-TIME: Final = "2026-06-08T14:20:09Z"
-ELEMENTS: Final[Mapping[str, Callable[[int | None, bool | None], Any]]] = {
-    "storage_targets": lambda size, _: agent.StorageTarget(
-        storage="local", type="dir", status="available", total_bytes=size, used_bytes=size
-    ),
-    "backups": lambda size, verified: agent.Backup(
-        vmid=100,
-        storage="local",
-        volid="local:backup/x",
-        created_at=TIME,
-        size_bytes=size,
-        verified=verified,
-    ),
-    "restore_tests": lambda _size, _: agent.RestoreTest(
-        vmid=100, volid="local:backup/x", tested_at=TIME, result="ok"
-    ),
-    "pbs_snapshots": lambda size, verified: agent.PBSSnapshot(
-        datastore="store",
-        backup_type="ct",
-        backup_id="100",
-        backup_time=TIME,
-        size_bytes=size,
-        verified=verified,
-    ),
-    "audit_tail": lambda _size, _: agent.AuditEntry(
-        at=TIME, actor="root@pam", operation="restore", result="ok"
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("size", "verified"),
-    [(0, False), (GREATEST, True), (None, None)],
-    ids=["smallest", "greatest", "unknown"],
-)
-@pytest.mark.parametrize("name", COLLECTIONS)
-def test_elements_of_the_collections_fit_the_schema(
-    name: str, size: int | None, verified: bool | None
-) -> None:
-    element = ELEMENTS[name](size, verified)
-    report = make_report(**{name: (element,)})
-    assert find_problems(report) == []
-    assert json.loads(report.to_json())[name] == [dataclasses.asdict(element)]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -417,16 +372,6 @@ VOLUMES: Final[Mapping[str, int | None]] = {
 def test_disk_is_the_configured_size_or_null(volume: object, size: int | None) -> None:
     """The list's maxdisk is no substitute: there it is a placeholder or the host's file system."""
     assert build_spec({**CONFIG, "rootfs": volume}).disk_bytes == size
-
-
-@given(
-    number=st.decimals(min_value="0.001", max_value=2**20, places=3),
-    unit=st.sampled_from(" KMGT"),
-)
-def test_size_of_any_volume_is_true_or_null(number: object, unit: str) -> None:
-    exact = int(float(str(number)) * 1024 ** " KMGT".index(unit))
-    size = build_spec({"rootfs": f"local:x,size={number}{unit.strip()}"}).disk_bytes
-    assert size == (exact if 0 < exact <= GREATEST else None)
 
 
 @pytest.mark.parametrize(

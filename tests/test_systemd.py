@@ -1,9 +1,7 @@
-"""What the agent asks systemd, what it tells it, and what its log looks like in the journal."""
+"""What the agent asks systemd, and what it tells it."""
 
 from __future__ import annotations
 
-import base64
-import logging
 import os
 import re
 import socket
@@ -193,53 +191,3 @@ def test_watchdog_of_the_daemon_allows_for_the_longest_cycle(
 
 
 # ---- lines ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["journal", "terminal"])
-def prefixes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """Patterns for how the first line of a warning begins, and each that follows."""
-    if request.param == "journal":
-        monkeypatch.setenv("JOURNAL_STREAM", "8:1")
-        return "<4>", "<4>    "
-    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
-    return r"20\d\d-[\d :,-]+ WARNING ", "    "
-
-
-def format_line(text: str, level: int = logging.WARNING, exc: Exception | None = None) -> str:
-    formatter = agent.LogFormatter()
-    formatter.secrets = ("s3cret",)
-    info = (type(exc), exc, exc.__traceback__) if exc else None
-    return formatter.format(logging.LogRecord("", level, "", 1, "%s", (text,), info))
-
-
-@pytest.mark.parametrize(
-    ("level", "priority"),
-    [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3), ("CRITICAL", 3)],
-)
-def test_journal_gets_the_priority_and_no_time(
-    level: str, priority: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JOURNAL_STREAM", "8:1")
-    line = format_line("it is so", logging.getLevelNamesMapping()[level])
-    assert line == f"<{priority}>it is so"
-
-
-def test_message_is_printable_of_limited_length_and_without_secrets(
-    prefixes: tuple[str, str],
-) -> None:
-    encoded = base64.b64encode(b"s3cret").decode()
-    line = format_line(f"a\r\x1b[2Jb\u2028c\u202es3cret {encoded} " + "x" * 10_000)
-    assert line.isprintable()
-    assert re.match(prefixes[0] + re.escape(r"a\x0d\x1b[2Jb\x2028c\x202e*** ***"), line)
-    assert len(line) < 2100
-
-
-def test_every_further_line_is_indented(prefixes: tuple[str, str]) -> None:
-    try:
-        raise ValueError("first\n<0>forged s3cret\rforged")
-    except ValueError as exc:
-        first, *further = format_line("a bug\n<0>forged", exc=exc).split("\n")
-    assert re.fullmatch(prefixes[0] + "a bug", first)
-    assert all(line.startswith(prefixes[1]) for line in further)
-    assert further[0] == prefixes[1] + "<0>forged"
-    assert further[-1] == prefixes[1] + r"<0>forged ***\x0dforged"
