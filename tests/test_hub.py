@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from pytest_httpserver import HTTPServer
 
 import felhom_agent as agent
 import lab
-from support import SOON, make_collector, make_hub_client, make_report, messages, raw_server
+from support import LOG, SOON, make_collector, make_hub_client, make_report, messages, raw_server
 
 PATH: Final = "/api/v1/host-report"
 EMPTY: Final = agent.build_envelope({})
@@ -33,23 +34,24 @@ def client(plain_hub: lab.SimulatedHub) -> agent.HubClient:
 # ---- what is sent --------------------------------------------------------------------------------
 
 
-def test_report_is_posted_with_these_headers_and_no_others(
-    plain_hub: lab.SimulatedHub, client: agent.HubClient
-) -> None:
+def test_report_is_posted_with_these_headers_and_no_others(httpserver: HTTPServer) -> None:
+    """To a server that is not ours: pytest-httpserver."""
+    httpserver.expect_ordered_request(PATH, method="POST").respond_with_json({})
+    url = httpserver.url_for("").rstrip("/")
     report = make_report()
-    client.report(report)
-    (request,) = plain_hub.requests
-    assert (request.method, request.path) == ("POST", PATH)
-    assert request.body == report.to_json().encode()
-    assert request.headers == {
-        "authorization": f"Bearer {plain_hub.api_key}",
-        "content-type": "application/json",
-        "accept": "application/json",
-        "accept-encoding": "identity",
-        "user-agent": f"felhom-agent/{agent.__version__}",
-        "content-length": str(len(request.body)),
-        "host": f"127.0.0.1:{plain_hub.port}",
-        "connection": "close",
+    config = agent.HubConfig(url=url, host_id="pve1", api_key="a-key-of-this-test")
+    agent.HubClient(config, logger=LOG).report(report)
+    ((request, _),) = httpserver.log
+    assert request.get_data() == report.to_json().encode()
+    assert dict(request.headers) == {
+        "Authorization": "Bearer a-key-of-this-test",
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "User-Agent": f"felhom-agent/{agent.__version__}",
+        "Content-Length": str(len(report.to_json())),
+        "Host": f"localhost:{httpserver.port}",
+        "Connection": "close",
     }
 
 

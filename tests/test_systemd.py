@@ -188,6 +188,3 @@ def test_watchdog_of_the_daemon_allows_for_the_longest_cycle(
     for message, wait in ((first, 0), (after, 900)):
         [microseconds] = re.findall("^WATCHDOG_USEC=([0-9]+)$", message, re.MULTILINE)
         assert wait + cycle - 10 < int(microseconds) / 1e6 <= wait + cycle
-
-
-# ---- lines ---------------------------------------------------------------------------------------
