@@ -1291,7 +1291,7 @@ class Loop:
             requested = self.client.report(report).poll_interval_seconds
         except Exception as exc:
             return self._fail(exc)
-        self._warn.resolved("report", f", accepted after {self._failures} failures")
+        self._warn.resolved("report", f", accepted after failed tries: {self._failures}")
         self._failures = 0
         self.logger.debug("report accepted, %d guests", len(report.guests))
         interval = self.interval if requested is None else clamp_poll(requested)
@@ -1309,7 +1309,7 @@ class Loop:
         self._warn.problem("report", text, bug=bug)
         retry_after = getattr(exc, "retry_after", None)
         delay = retry_delay(self.interval, self._failures, retry_after, self.fraction())
-        return delay, f"{self._failures} failed in a row: {sanitize(text, max_length=200)}"
+        return delay, f"failed tries: {self._failures}, the last: {sanitize(text, max_length=200)}"
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -279,8 +279,8 @@ def test_failures_are_logged_when_they_begin_change_and_end(log: pytest.LogCaptu
     levels, lines = zip(*(line for line in messages(log) if line[0] != "DEBUG"), strict=True)
     assert levels == ("WARNING", "WARNING", "INFO", "WARNING", "INFO")
     assert (lines[0], lines[1], lines[3]) == (str(DOWN), str(BUSY), str(DOWN))
-    assert "4 failure" in lines[2]
-    assert "1 failure" in lines[4]
+    assert "tries: 4" in lines[2]
+    assert "tries: 1" in lines[4]
 
 
 # ---- the status that `systemctl status` shows ----------------------------------------------------
@@ -291,9 +291,9 @@ def test_status_says_how_it_went_and_when_the_next_report_is_due() -> None:
     world.loop(lambda: 0.0).run(5)
     expected = [
         ("accepted", "12 guests", "next in 899 s"),
-        ("1 failed", str(DOWN), "next in 8 s"),
-        ("2 failed", str(BUSY), "next in 30 s"),
-        ("3 failed", "bug in the agent", "ValueError", "next in 120 s"),
+        ("tries: 1", str(DOWN), "next in 8 s"),
+        ("tries: 2", str(BUSY), "next in 30 s"),
+        ("tries: 3", "bug in the agent", "ValueError", "next in 120 s"),
         ("accepted", "12 guests", "next in 899 s"),
     ]
     for (status, _), words in zip(world.notified, expected, strict=True):
