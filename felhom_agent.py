@@ -988,7 +988,7 @@ class SystemctlProber:
         )
         state = done.stdout.decode(errors="replace").strip()
         if not re.fullmatch("[a-z-]{2,20}", state):
-            reason = done.stderr.decode(errors="replace").strip() or "printed no state"
+            reason = done.stderr.decode(errors="replace").partition("\n")[0] or "printed no state"
             raise AgentError(f"{' '.join(self._command)}: {sanitize(reason)}")
         return state
 
