@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 
 import felhom_agent
-import lab
 
 ROOT = Path(__file__).parent.parent
 # Not that of the virtual environment, whose packages could stand in for a missing one.
@@ -135,14 +133,6 @@ def test_archive_writes_nothing_beside_itself(
     assert done.stdout == f"felhom-agent {felhom_agent.__version__}\n"
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == [copy]
-
-
-def test_selftest_hub_sends_the_one_report_that_it_prints(
-    pyz: Path, environment: dict[str, str], hub: lab.SimulatedHub
-) -> None:
-    done = run(pyz, "--selftest=hub", environment=environment)
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(done.stdout)["report"]] == hub.reports
 
 
 # --- build.sh ------------------------------------------------------------------------------------

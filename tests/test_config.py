@@ -320,18 +320,6 @@ def test_poll_interval_is_clamped_with_a_warning(
 # ---- problems ------------------------------------------------------------------------------------
 
 
-def test_all_problems_are_told_at_once(load: Load) -> None:
-    document = {
-        "proxmox": {"url": "http://pve.example.com", "token_id": "root@pam", "token_secret": "a b"},
-        "hub": {"host_id": None, "timeout_seconds": "30"},
-        "cloudflared": {"unit": "-x"},
-        "authz": [],
-    }
-    keys = ["authz", "cloudflared.unit", "hub.api_key", "hub.host_id", "hub.timeout_seconds"]
-    keys += ["hub.url", "proxmox.token_id", "proxmox.token_secret", "proxmox.url"]
-    assert sorted(problems(load(document))) == keys
-
-
 @pytest.mark.parametrize("hub", [None, "x", {}, {"poll_seconds": "x"}, {"ca_file": "x"}], ids=repr)
 def test_without_the_hub_only_the_rest_is_judged(load: Load, hub: object) -> None:
     config = load({**VALID, "hub": hub})

@@ -196,13 +196,6 @@ def test_every_try_collects_anew() -> None:
     assert world.sent == [str(began) for began in world.tries]
 
 
-def test_loop_ends_when_a_signal_handler_says_so() -> None:
-    world = World(SystemExit("SIGTERM"))
-    with pytest.raises(SystemExit):
-        world.loop().run(2)
-    assert world.did == ["collect", "report"]
-
-
 @pytest.mark.parametrize(
     "reply",
     [lab.Reply(500), lab.Reply(200, body=b"<html>"), lab.Raw(b"no HTTP"), lab.Cut()],
@@ -249,26 +242,6 @@ def test_interval_outlasts_failures_and_replies_that_request_none() -> None:
     world = World(120, DOWN, None, None)
     world.loop().run(5)
     assert world.gaps == [120, 15, 120, 120]
-
-
-@pytest.mark.parametrize(
-    ("requests", "expected"),
-    [
-        pytest.param([900, None, 900], [], id="no change"),
-        pytest.param([300, 300, None, 300], [{300}], id="another"),
-        pytest.param([300, 900], [{300}, {900}], id="there and back"),
-        pytest.param([5, DOWN, 5, 5], [{60, 5}], id="too short"),
-        pytest.param([99999, 99999], [{3600, 99999}], id="too long"),
-    ],
-)
-def test_new_interval_is_logged_once(
-    requests: list[Exception | int | None],
-    expected: list[set[int]],
-    log: pytest.LogCaptureFixture,
-) -> None:
-    World(*requests).loop().run(len(requests) + 2)
-    lines = [line for level, line in messages(log) if level != "DEBUG" and "interval" in line]
-    assert [set(map(int, re.findall(r"\b\d+\b", line))) for line in lines] == expected
 
 
 # ---- the log -------------------------------------------------------------------------------------
