@@ -1,13 +1,13 @@
 """felhom-agent: report the state of one Proxmox VE node to a hub.
 
 Once per interval the agent reads the node through the Proxmox API (GET requests only), asks systemd
-whether the cloudflared tunnel is running, and posts one JSON document (`HostReport`) to `hub.url`.
-Nothing else leaves the host.  The report is the heartbeat: if it stops, the hub raises the alarm.
+whether the cloudflared tunnel is running, and posts one JSON report to the hub.  Nothing else
+leaves the host.  The report is the heartbeat: if it stops, the hub raises the alarm.
 
-The agent never changes the node, writes no file, follows no redirect, and runs no command other
-than `systemctl is-active UNIT`.  The token secret is sent only to Proxmox and the API key only to
-the hub; both are masked in everything the agent prints.  The hub can change the interval (60 to
-3600 seconds) and, with Retry-After, postpone the next report by at most two hours; nothing else.
+The agent never changes the node, writes no file, follows no redirect, and runs no command but
+`systemctl is-active UNIT`.  The token secret goes only to Proxmox and the API key only to the hub;
+both are masked in all output.  The hub can only change the interval (60 to 3600 seconds) and, with
+Retry-After, postpone a report by at most two hours.
 
 Each section uses only those above it.  `Loop.cycle` is one heartbeat: `Collector.collect` builds
 the report, `HubClient.report` sends it.
@@ -19,13 +19,14 @@ import argparse
 import base64
 import contextlib
 import dataclasses
-import errno
+import functools
 import hashlib
 import http.client
 import json
 import logging
 import math
 import os
+import pathlib
 import random
 import re
 import signal
@@ -37,9 +38,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 __version__: Final = "0.3.0"
 
@@ -47,11 +48,11 @@ MIN_POLL_SECONDS: Final = 60
 MAX_POLL_SECONDS: Final = 3600
 FIRST_RETRY_SECONDS: Final = 15
 SYSTEMCTL_SECONDS: Final = 5
-# For all calls of a collect together, in units of proxmox.timeout_seconds.
+# A collect may take this many times proxmox.timeout_seconds.
 COLLECT_TIMEOUTS: Final = 6
 # pvestatd refreshes /cluster/resources every 10 s; an older list is treated as unknown.
 MAX_AGE_SECONDS: Final = 60
-# The watchdog's allowance for name lookups, which Python cannot interrupt; see resolv.conf(5).
+# For name lookups, which Python cannot interrupt; see resolv.conf(5).
 LOOKUP_SECONDS: Final = 120
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 REPORT_PATH: Final = "/api/v1/host-report"
@@ -59,6 +60,7 @@ REPORT_PATH: Final = "/api/v1/host-report"
 LOG: Final = logging.getLogger("felhom-agent")
 
 T = TypeVar("T")
+Entries: TypeAlias = Sequence[dict[str, object]]
 
 
 # ---- errors and logging --------------------------------------------------------------------------
@@ -69,15 +71,15 @@ class ConfigError(Exception):
 
 
 class AgentError(Exception):
-    """A report could not be made or sent.  The message says what failed and what to do."""
+    """No report could be made or sent.  The message says why and what to do."""
 
 
 class TransportError(AgentError):
-    """The server sent no response, or one that is not from the expected server."""
+    """The server sent no usable response."""
 
 
 class HTTPError(AgentError):
-    """The server answered with an error status; `retry_after` is its Retry-After, in seconds."""
+    """The server answered with an error status; `retry_after` is in seconds."""
 
     def __init__(self, message: str, *, status: int, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -85,23 +87,36 @@ class HTTPError(AgentError):
         self.retry_after = retry_after
 
 
-def sanitize(text: str, secrets: Iterable[str] = (), max_length: int = 300) -> str:
-    """Return `text` as one printable line of limited length, with the secrets masked."""
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+# The token secret and the API key, by section of the configuration; the clients set them.
+SECRETS: Final[dict[str, str]] = {}
+
+
+def sanitize(text: str, max_length: int = 300) -> str:
+    """Return `text` as one printable line with the secrets masked."""
+    for secret in sorted(filter(None, SECRETS.values()), key=len, reverse=True):
         encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
         text = text.replace(secret, "***").replace(encoded, "***")
-    text = text if len(text) <= max_length else text[:max_length] + "…"
+    if len(text) > max_length:
+        text = text[:max_length] + "…"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-class LogFormatter(logging.Formatter):
-    """Mask secrets, escape control characters, and indent what follows the first line."""
+def describe(exc: BaseException) -> str:
+    """Return what happened, without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)"."""
+    text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text)
 
-    secrets: tuple[str, ...] = ()
+
+def explain(exc: Exception) -> str:
+    is_bug = not isinstance(exc, AgentError)
+    return f"bug in the agent, please report it: {type(exc).__name__}" if is_bug else str(exc)
+
+
+class LogFormatter(logging.Formatter):
+    """Masks secrets and control characters, adds the priority for the journal (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record, with a priority for the journal (sd-daemon(3)) or with its time."""
-        lines = [sanitize(line, self.secrets, 2000) for line in super().format(record).split("\n")]
+        lines = [sanitize(line, 2000) for line in super().format(record).split("\n")]
         if "JOURNAL_STREAM" not in os.environ:
             return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines)
         priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
@@ -109,27 +124,23 @@ class LogFormatter(logging.Formatter):
 
 
 class WarnOnce:
-    """Log a problem when it starts or changes, and once more when it is over."""
+    """Logs a problem when it starts or changes, and once more when it is over."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._current: dict[str, str] = {}
 
-    def problem(self, topic: str, message: str, *, key: str = "", bug: bool = False) -> None:
-        """Log a warning, or at debug level while `key` (by default the message) stays the same.
-
-        An empty message means no problem.  `bug` adds the traceback of the current exception.
-        """
+    def problem(self, topic: str, message: str, *, traceback: bool = False) -> None:
+        """Log a warning, or at debug level while the message stays the same; "" is no problem."""
         if message:
-            is_new = self._current.get(topic) != (key or message)
+            is_new = self._current.get(topic) != message
+            self._current[topic] = message
             level = logging.WARNING if is_new else logging.DEBUG
-            self._logger.log(level, "%s", message, exc_info=bug and is_new)
-            self._current[topic] = key or message
+            self._logger.log(level, "%s", message, exc_info=traceback and is_new)
         else:
             self.resolved(topic)
 
     def resolved(self, topic: str, detail: str = "") -> None:
-        """Log that the problem with `topic`, if there was one, is over."""
         if self._current.pop(topic, None):
             self._logger.info("%s: problem resolved%s", topic, detail)
 
@@ -138,13 +149,12 @@ class WarnOnce:
 
 
 def clamp_poll(seconds: int) -> int:
-    """Return `seconds` limited to the allowed poll interval."""
     return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxmoxConfig:
-    """The node's API and the token to use; `timeout_seconds` limits each request."""
+    """The Proxmox API; `timeout_seconds` limits each request."""
 
     url: str = "https://127.0.0.1:8006"
     node: str = field(default_factory=lambda: socket.gethostname().partition(".")[0])
@@ -158,8 +168,6 @@ class ProxmoxConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubConfig:
-    """Where to send reports, how often, and with which key."""
-
     url: str = ""
     host_id: str = ""
     api_key: str = field(default="", repr=False)
@@ -170,8 +178,6 @@ class HubConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloudflaredConfig:
-    """The systemd unit that runs the tunnel."""
-
     unit: str = "cloudflared.service"
 
 
@@ -183,7 +189,7 @@ URL: Final = f"(https://{HOST}|http://{LOOPBACK})"
 SECRET: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
 ABSOLUTE: Final = (r"(/[^\x00]*)?", "an absolute path")
 TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "an integer from 1 to 300")
-# The pattern of each value, and its description.  No value is shown: it may be a misplaced secret.
+# Each value's pattern and description.  No value is shown: it may be a misplaced secret.
 FORMS: Final = {
     "proxmox.url": (f"{URL}{PORT}/?", "https://host[:port]"),
     "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
@@ -206,7 +212,7 @@ FORMS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration; `problems` by key; the default replaces a value of a wrong type."""
+    """The configuration, and its problems by key."""
 
     proxmox: ProxmoxConfig
     hub: HubConfig
@@ -214,14 +220,12 @@ class Config:
     problems: Mapping[str, str]
 
     def validate(self, *, hub: bool = True) -> None:
-        """Raise ConfigError with every problem; without `hub` that section is ignored."""
-        problems = [f"config: {key}: {problem}" for key, problem in self.problems.items()]
-        problems = [line for line in problems if hub or not line.startswith("config: hub")]
-        if problems:
-            raise ConfigError("\n".join(problems))
+        """Raise ConfigError with every problem, the hub section's only if `hub`."""
+        keys = [key for key in self.problems if hub or not key.startswith("hub")]
+        if keys:
+            raise ConfigError("\n".join(f"config: {key}: {self.problems[key]}" for key in keys))
 
     def redacted(self) -> dict[str, dict[str, object]]:
-        """Return the configuration as a JSON object with the secrets masked."""
         sections: dict[str, dict[str, object]] = dataclasses.asdict(self)
         del sections["problems"]
         for section, key in (("proxmox", "token_secret"), ("hub", "api_key")):
@@ -230,16 +234,16 @@ class Config:
 
 
 def find_credential(environ: Mapping[str, str], name: str) -> str:
-    """Return the path of the systemd credential with this name, or an empty string."""
+    """Return the path of a systemd credential, or an empty string."""
     path = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
     return path if name and os.path.exists(path) else ""
 
 
 def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
-    """Read the JSON file and let FELHOM_AGENT_<SECTION>_<KEY> variables override it.
+    """Read the JSON file; FELHOM_AGENT_<SECTION>_<KEY> variables override it.
 
     The file is `path`, else $FELHOM_AGENT_CONFIG, else the systemd credential agent.json, else
-    DEFAULT_PATH, which may be missing.  Raises ConfigError if it is not a JSON object.
+    DEFAULT_PATH, which may be missing.  Raises ConfigError.
     """
     credential = find_credential(environ, "agent.json")
     named = path or environ.get("FELHOM_AGENT_CONFIG") or credential
@@ -255,18 +259,20 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
         if named:
             hint = "felhom-agent.pyz --print=config prints an example"
             raise ConfigError(f"{shown}: no such file; {hint}") from None
-        LOG.info("%s: no such file, only the environment is read", shown)
+        LOG.info("%s: no such file, using only the environment", shown)
     except (OSError, ValueError, RecursionError) as exc:
         # json gives line and column, and quotes no content.
-        raise ConfigError(f"{shown}: {getattr(exc, 'strerror', None) or exc}") from None
+        raise ConfigError(f"{shown}: {describe(exc)}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{shown}: must be a JSON object")
-    for name in document.keys() - {"proxmox", "hub", "cloudflared", "authz"}:
-        LOG.warning("config: unknown key %s is ignored", sanitize(name))
     problems: dict[str, str] = {}
-    # Reserved for signed operations: accepted, not read.
-    if not isinstance(document.get("authz", {}), dict):
-        problems["authz"] = "must be an object"
+    for section, values in document.items():
+        # authz is reserved for signed operations.
+        if section not in ("proxmox", "hub", "cloudflared", "authz"):
+            LOG.warning("config: unknown key %s is ignored", sanitize(section))
+        elif not isinstance(values, dict):
+            problems[section] = "must be an object"
+            document[section] = {}
     proxmox = load_section(ProxmoxConfig(), "proxmox", document, environ, problems)
     hub = load_section(HubConfig(), "hub", document, environ, problems)
     cloudflared = load_section(CloudflaredConfig(), "cloudflared", document, environ, problems)
@@ -278,18 +284,15 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
 
 
 def load_section(
-    defaults: T,
+    defaults: Any,
     section: str,
     document: Mapping[str, Any],
     environ: Mapping[str, str],
     problems: dict[str, str],
-) -> T:
-    """Return `defaults` with the values of the file and the environment."""
-    values: dict[str, Any] = dataclasses.asdict(defaults)  # type: ignore[call-overload]
+) -> Any:
+    """Return `defaults` with the values from file and environment."""
+    values: dict[str, Any] = dataclasses.asdict(defaults)
     given = document.get(section, {})
-    if not isinstance(given, dict):
-        problems[section] = "must be an object"
-        given = {}
     for name in given.keys() - values.keys():
         LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
     for name, default in values.items():
@@ -310,14 +313,14 @@ def load_section(
         text = "\n".join(value) if isinstance(value, tuple) else str(value)
         if not is_typed or not re.fullmatch(pattern, text, re.ASCII):
             problems[key] = f"must be {expected}" if text or not is_typed else "is required"
-            # Any other value, and the path, may have a secret in it.
+            # Not more of it: a secret may be in the path.
             insecure = re.fullmatch(f"(http://{HOST}{PORT}){PATH}", text, re.ASCII)
             if name == "url" and insecure:
                 problems[key] = f"must be https, got {insecure[1]}"
         if name == "ca_file":
-            # The sandboxed service cannot see /etc/pve; systemd hands it a copy as a credential.
+            # The sandboxed service cannot see /etc/pve; systemd passes it a copy.
             values[name] = find_credential(environ, os.path.basename(values[name])) or values[name]
-    return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
+    return dataclasses.replace(defaults, **values)
 
 
 # ---- wire contract -------------------------------------------------------------------------------
@@ -373,7 +376,7 @@ class Cloudflared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageTarget:
-    """A storage of the node (`storage` in proxmox.extras); sizes are None unless "available"."""
+    """A storage of the node; sizes are None unless it is "available"."""
 
     storage: str
     type: str
@@ -384,7 +387,7 @@ class StorageTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backup:
-    """The newest backup of a guest on a storage (`backups` in proxmox.extras)."""
+    """The newest backup of a guest on a storage."""
 
     vmid: int
     storage: str
@@ -396,7 +399,7 @@ class Backup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTest:
-    """A trial restore; this class and the next two are reserved."""
+    """Reserved, as are the next two."""
 
     vmid: int
     volid: str
@@ -406,8 +409,6 @@ class RestoreTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PBSSnapshot:
-    """A snapshot on a Proxmox Backup Server."""
-
     datastore: str
     backup_type: str
     backup_id: str
@@ -418,8 +419,6 @@ class PBSSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
-    """An operation that was carried out on the host."""
-
     at: str
     actor: str
     operation: str
@@ -428,7 +427,7 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostReport:
-    """What is sent to the hub; `reported_at` is UTC in RFC 3339, when the collect ended."""
+    """What is sent to the hub; `reported_at` is when the collect ended."""
 
     host_id: str
     agent_version: str
@@ -443,7 +442,7 @@ class HostReport:
     audit_tail: tuple[AuditEntry, ...] = ()
 
     def to_json(self) -> str:
-        """Return the report as compact JSON; a guest without a spec has no `spec` key."""
+        """Return compact JSON; a guest without a spec has no `spec` key."""
 
         def fields(part: Any) -> dict[str, object]:
             names = (name for name in part.__slots__ if name != "spec" or part.spec is not None)
@@ -454,7 +453,7 @@ class HostReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlEnvelope:
-    """The hub's reply; None for what is missing.  Only `poll_interval_seconds` is acted on."""
+    """The hub's reply; None for what is missing or invalid.  Only the interval is acted on."""
 
     poll_interval_seconds: int | None
     blocked: bool | None
@@ -491,26 +490,25 @@ def parse_int(value: object) -> int | None:
 
 
 def get_int(data: object, *keys: str) -> int | None:
-    """Return the integer at `keys`, or None."""
     return parse_int(lookup(data, *keys))
 
 
 def get_vmid(data: object) -> int:
-    """Return the guest's ID, or 0 if it is not valid."""
+    """Return the guest's ID, or 0 if it is invalid."""
     vmid = get_int(data, "vmid") or 0
     return vmid if 100 <= vmid <= 999_999_999 else 0
 
 
 def format_time(seconds: float | None = None) -> str:
-    """Return a Unix time, by default now, in RFC 3339."""
+    """Return a Unix time, by default now, in RFC 3339, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def build_host(node: str, status: object, entry: object) -> HostMetrics:
     """Build the node's metrics from its status and its entry in /cluster/resources.
 
-    The entry has the CPU usage, 0 if not measured yet.  In the status it covers only the time since
-    the same API worker was last asked.
+    The entry has the CPU usage, 0 if not measured yet; the status has it only since the same API
+    worker was last asked.
     """
     version = re.match(r"pve-manager/([^/\s]+)", get_text(status, "pveversion") or "")
     # Proxmox VE 8.0 has only `kversion`: "Linux 6.2.16-3-pve #1 SMP …".
@@ -538,7 +536,7 @@ def build_host(node: str, status: object, entry: object) -> HostMetrics:
 
 
 def build_guest(entry: object, config: object, cpu_count: int | None, *, stale: bool) -> Guest:
-    """Build a guest, unknown without a configuration (None) or if its entry is too `stale`."""
+    """Build a guest, unknown without a configuration or if its entry is stale."""
     guest_type = get_text(entry, "type") or ""
     name = get_text(entry, "name") or get_text(config, "hostname") or get_text(config, "name")
     status = get_text(entry, "status") if config is not None and not stale else None
@@ -552,7 +550,7 @@ def build_guest(entry: object, config: object, cpu_count: int | None, *, stale: 
 
 
 def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | None) -> GuestSpec:
-    """Build the spec from a guest's configuration; an unset key has Proxmox's default."""
+    """Build the spec from a guest's configuration and Proxmox's defaults."""
     # In MiB: a number, a string or "current=2048".
     memory = parse_int(str(config.get("memory", 512)).removeprefix("current="))
     if guest_type == "lxc":
@@ -580,7 +578,6 @@ def parse_volume_size(volume: str) -> int | None:
 
 
 def build_storage(entry: object, *, stale: bool) -> StorageTarget:
-    """Build a storage, unknown if its entry is too `stale`."""
     available = get_text(entry, "status") == "available" and not stale
     return StorageTarget(
         storage=get_text(entry, "storage") or "",
@@ -592,7 +589,6 @@ def build_storage(entry: object, *, stale: bool) -> StorageTarget:
 
 
 def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
-    """Build the envelope from the hub's reply; None for a value of another type."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(ControlEnvelope):
         value = reply.get(item.name)
@@ -612,12 +608,13 @@ class PinMismatch(OSError):
 
 
 class Connection(http.client.HTTPSConnection):
-    """An HTTPS connection that compares a pinned certificate before anything is sent."""
+    """Compares a pinned certificate before anything is sent."""
 
     fingerprint = ""
 
     def connect(self) -> None:
-        self._create_connection = create_connection
+        # Then a failure is an ExceptionGroup, see _no_response.
+        self._create_connection = functools.partial(socket.create_connection, all_errors=True)
         super().connect()
         digest = hashlib.sha256(self.sock.getpeercert(True) or b"").hexdigest()
         if self.fingerprint not in ("", digest):
@@ -625,41 +622,28 @@ class Connection(http.client.HTTPSConnection):
             raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
 
     def send(self, data: Any) -> None:
-        # A server that refuses may close before it has read everything.  Its response, or the TLS
-        # alert, says why; if there is none, getresponse raises.
+        # A server that refuses may close before it has read everything.  Its response or TLS alert
+        # says why; without one, getresponse raises.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)
 
 
-def create_connection(*args: Any) -> socket.socket:
-    """Connect; if no address answers, raise the failure that says most, not the last."""
-    vague = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-    try:
-        return socket.create_connection(*args, all_errors=True)
-    except ExceptionGroup as group:
-        raise min(group.exceptions, key=lambda exc: getattr(exc, "errno", 0) in vague) from None
-
-
 class HubHTTPSHandler(urllib.request.HTTPSHandler):
-    """urllib.request's handler, with our connection."""
-
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(Connection, req, context=self._context)  # type: ignore
 
 
 def raise_timeout(*_: object) -> None:
-    """Handle SIGALRM."""
     raise TimeoutError("timed out")
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off.
 
-    A function of its own, because Python 3.12 and 3.13 do not protect the jump at the end of such a
-    loop by a `try` around it: the alarm would be lost there.
+    Not inlined: in Python 3.12 and 3.13, a `try` around such a loop misses an alarm at its end.
     """
     body = b""
-    # Not read(n): it allocates whatever size a chunk claims to have.
+    # Not read(n), which believes whatever size a chunk claims to have.
     while piece := response.read1(65536):
         body += piece
         if len(body) > max_bytes:
@@ -669,20 +653,29 @@ def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     return body
 
 
+def parse_reply(content: bytes, status: int) -> dict[str, Any]:
+    """Return the JSON object in a response.  Raises ValueError or RecursionError."""
+    # Some web servers answer an empty 200 to any path; an intentional empty reply is 204.
+    if not content and status != 204:
+        raise ValueError("empty")
+    reply = json.loads(content.decode("utf-8-sig") or "{}")
+    if not isinstance(reply, dict):
+        raise ValueError("not a JSON object")
+    return reply
+
+
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
-    # For messages: the section of the configuration, the server, and where to look for the cause.
-    section = server = where_to_look = certificate_hint = ca_hint = ""
-    # " through the proxy …"
-    via = ""
-    # What to do about an error status.
+    # The section of the configuration, and words for messages.
+    section = server = where_to_look = certificate_hint = ca_hint = via = ""
+    # By status.
     hints: Mapping[int, str]
     max_bytes = 0
-    # The end of the cycle, on the clock of time.monotonic.
+    # By time.monotonic.
     deadline = math.inf
 
-    def __init__(self, config: ProxmoxConfig | HubConfig, authorization: str, secret: str) -> None:
+    def __init__(self, config: ProxmoxConfig | HubConfig, scheme: str, secret: str) -> None:
         self.url = config.url.rstrip("/")
         self.netloc = config.url.split("/")[2]
         self.timeout_seconds = config.timeout_seconds
@@ -696,19 +689,17 @@ class Client:
                 self.context.load_verify_locations(config.ca_file)
             else:
                 self.context.load_default_certs()
-        except (OSError, ValueError) as exc:
-            is_pem = not isinstance(exc, ssl.SSLError)
-            problem = getattr(exc, "strerror", exc) if is_pem else "no PEM certificate in it"
+        except OSError as exc:
+            problem = "no PEM certificate" if isinstance(exc, ssl.SSLError) else describe(exc)
             shown = f"{self.section}.ca_file: {sanitize(config.ca_file)}"
             raise ConfigError(f"config: {shown}: {problem}") from None
-        self.secret = secret
-        agent = f"felhom-agent/{__version__}"
-        self.headers = {"Authorization": authorization, "User-Agent": agent}
-        # For the time limit in `request`.
+        SECRETS[self.section] = secret
+        self.headers = {"Authorization": f"{scheme}{secret}"}
+        self.headers["User-Agent"] = f"felhom-agent/{__version__}"
         signal.signal(signal.SIGALRM, raise_timeout)
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        """Send a request and return the response, its body unread."""
+        """Send a request and return the response with its body unread."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -721,8 +712,8 @@ class Client:
         if seconds <= 0:
             raise TransportError(f"{operation}: no time left in this cycle; raise {self.limit}")
         try:
-            # A socket's timeout bounds one read; the alarm bounds everything, CONNECT included.  It
-            # repeats each second: a finalizer swallows it, a connect only tries the next address.
+            # A socket's timeout bounds one read, the alarm everything, CONNECT included.  It
+            # repeats: a finalizer swallows it, a connect goes on to the next address.
             try:
                 signal.setitimer(signal.ITIMER_REAL, seconds, 1)
                 with self.send(method, path, body) as response:
@@ -730,8 +721,8 @@ class Client:
                     content = read_body(response, self.max_bytes) if is_success else b""
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except (OSError, http.client.HTTPException, ValueError, OverflowError) as exc:
-            # Once more: the alarm may have come just before it was switched off.
+        except Exception as exc:
+            # Again: the alarm may have come just before it was switched off.
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.close()
             # "from None": the cause may quote what the server sent.
@@ -739,34 +730,20 @@ class Client:
         if not is_success:
             self.close()
             raise self._http_error(operation, response)
+        # What Proxmox says of a guest goes on to the hub.  A short secret would match by chance.
+        if len(secret := SECRETS[self.section]) > 7:
+            content = content.replace(secret.encode(), b"***")
         try:
-            return self.parse(response, content)
+            return parse_reply(content, response.status)
         except (ValueError, RecursionError) as exc:
             self.close()
-            raise self.unexpected(operation, str(exc), response.status) from None
-
-    def parse(self, response: http.client.HTTPResponse, content: bytes) -> dict[str, Any]:
-        """Return the JSON object in a response.  Raises ValueError."""
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":
-            raise ValueError(f"compressed by {encoding}, which was not requested")
-        # Some web servers answer an empty 200 to any path; an intentional empty reply is 204.
-        if not content and response.status != 204:
-            raise ValueError("empty")
-        text = content.decode("utf-8-sig") or "{}"
-        # What Proxmox says of a guest goes on to the hub.  A short secret would match by chance.
-        reply = json.loads(text.replace(self.secret, "***") if len(self.secret) > 7 else text)
-        if not isinstance(reply, dict):
-            raise ValueError("not a JSON object")
-        return reply
-
-    def clean(self, text: str) -> str:
-        """Return what the server said as it may be shown."""
-        return sanitize(text, [self.secret])
+            encoding = response.headers.get("Content-Encoding")
+            problem = f"compressed by {encoding}" if encoding else str(exc)
+            raise self.unexpected(operation, problem, response.status) from None
 
     def unexpected(self, operation: str, problem: str, status: int = 200) -> TransportError:
-        """Return the error for a response that this server would not send."""
-        reply = f"{operation}: {status}, but the reply is unusable ({self.clean(problem)})"
+        """Return the error for a response that this server would never send."""
+        reply = f"{operation}: {status}, but the reply is unusable ({sanitize(problem)})"
         hint = f"check {self.section}.url, and what is in front of {self.server}"
         return TransportError(f"{reply}; {hint}")
 
@@ -774,18 +751,19 @@ class Client:
         # Not worded in `request`: a local variable there would keep the report in memory.
         if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
             exc = exc.reason
-        # Without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)".
-        problem = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", str(exc)) or type(exc).__name__
-        problem = f"{self.clean(problem)}; {self.failure_hint(exc)}"
+        if isinstance(exc, ExceptionGroup):
+            # One for each address.  A refusal or a time-out says more than "unreachable".
+            exc = max(exc.exceptions, key=lambda e: isinstance(e, ConnectionError | TimeoutError))
+        problem = f"{sanitize(describe(exc))}; {self.failure_hint(exc)}"
         return TransportError(f"{operation}: {self.netloc}{self.via}: {problem}")
 
     def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
-        status = self.clean(f"{response.status} {response.reason}".rstrip())
+        status = sanitize(f"{response.status} {response.reason}".rstrip())
         hint = self.hints.get(response.status, f"check {self.where_to_look}")
         if 300 <= response.status < 400:
-            status += f" to {self.clean(response.headers.get('Location', 'nowhere'))}"
-            rule = "must answer under this path itself, without login; for https or another host,"
-            hint = f"{self.server} {rule} change {self.section}.url"
+            status += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
+            rule = "must answer under this path itself, without login"
+            hint = f"{self.server} {rule}; for https or another host, change {self.section}.url"
         wait = response.headers.get("Retry-After", "").strip()
         retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
@@ -797,22 +775,21 @@ class Client:
         match exc:
             case PinMismatch():
                 return "compare proxmox.fingerprint with pvenode cert info"
-            # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
+            # X509_V_ERR_*: hostname or IP address mismatch
             case ssl.SSLCertVerificationError(verify_code=62 | 64):
                 return f"use a name from the certificate in {url}{self.certificate_hint}"
-            # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT and so on: the chain does not end at a known CA.
+            # X509_V_ERR_*: no chain to a known CA
             case ssl.SSLCertVerificationError(verify_code=2 | 18 | 19 | 20 | 21):
                 ca_file = f"set {self.section}.ca_file to the server's root CA{self.ca_hint}"
                 return f"{ca_file}; if it is set, the server may not send intermediate certificates"
             case ssl.SSLCertVerificationError():
-                return "renew the certificate (the server's or its CA's), or set this host's clock"
+                return "renew the certificate or its CA's, or set this host's clock"
             case ssl.SSLError():
-                tls = "speaks TLS 1.2 or 1.3 and demands no client certificate"
-                return f"check host and port in {url}, and that {self.server} is running, {tls}"
+                tls = f"{self.server} speaks TLS 1.2 or 1.3 and demands no client certificate"
+                return f"check host and port in {url}, and that {tls}"
             case TimeoutError():
-                return (
-                    f"check {self.where_to_look}, network and name servers, or raise {self.limit}"
-                )
+                look = f"{self.where_to_look}, network and name servers"
+                return f"check {look}, or raise {self.limit}"
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
         return f"check {self.where_to_look}, and {url} (http or https, host, port)"
@@ -832,9 +809,12 @@ class ProxmoxClient(Client):
     max_bytes = 8 << 20
 
     def __init__(self, config: ProxmoxConfig) -> None:
-        authorization = f"PVEAPIToken={config.token_id}={config.token_secret}"
-        super().__init__(config, authorization, config.token_secret)
-        self.node, self.token_id, self.extras = config.node, config.token_id, config.extras
+        super().__init__(config, f"PVEAPIToken={config.token_id}=", config.token_secret)
+        self.node, self.token_id = config.node, config.token_id
+        # What to read: types of entries in the list, and backups, which need their storages.
+        self.reads: tuple[str, ...] = ("node", "lxc", *config.extras)
+        if "backups" in self.reads:
+            self.reads += ("storage",)
         user = config.token_id.partition("!")[0]
         # A token with privilege separation has only the privileges that its user has too.
         self.grant_hint = (
@@ -842,28 +822,26 @@ class ProxmoxClient(Client):
             "PVEAuditor; if pveum acl list shows it already, another role or a NoAccess further "
             "down takes it back"
         )
-        other_node = f"check that node {config.node} is up, and systemctl status pvedaemon on it"
+        node_hint = f"check that node {config.node} is up, and systemctl status pvedaemon on it"
         self.hints = {
             401: "check proxmox.token_id and proxmox.token_secret; pveum user token list "
             f"{user} shows an expired token, pveum user list a disabled or expired user",
             403: self.grant_hint,
-            500: "if a guest was just removed or migrated, the next report is right; otherwise "
-            f"check {self.where_to_look}, and journalctl -u pveproxy",
+            500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or "
+            "migrated",
             501: "check proxmox.url; the agent needs Proxmox VE 8 or later",
-            # pveproxy's own, for what it passes on.
-            **dict.fromkeys(range(595, 600), other_node),
+            # pveproxy's own, for what it passes on
+            **dict.fromkeys(range(595, 600), node_hint),
         }
-        self._connection: http.client.HTTPConnection
-        # http is for loopback addresses only, see FORMS.
-        if self.url.startswith("http:"):
-            self._connection = http.client.HTTPConnection(self.netloc)
-        else:
-            self._connection = connection = Connection(self.netloc, context=self.context)
-            connection.fingerprint = config.fingerprint.replace(":", "").lower()
         if config.fingerprint:
             # It replaces the check of chain and host name.
             self.context.check_hostname = False
             self.context.verify_mode = ssl.CERT_NONE
+        connection = Connection(self.netloc, context=self.context)
+        connection.fingerprint = config.fingerprint.replace(":", "").lower()
+        # http is for loopback addresses only, see FORMS.
+        is_http = self.url.startswith("http:")
+        self._connection = http.client.HTTPConnection(self.netloc) if is_http else connection
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request over a kept connection: a TLS handshake takes six times as long as a call.
@@ -884,7 +862,7 @@ class ProxmoxClient(Client):
         self._connection.close()
 
     def get(self, path: str, expected: type[T]) -> T:
-        """Return `data` of a response, a list or dict as expected.  Raises AgentError."""
+        """Return a response's `data`, a list or dict as expected.  Raises AgentError."""
         data = self.request("GET", path).get("data")
         if not isinstance(data, expected):
             raise self.unexpected(f"GET {path}", f"data is {type(data).__name__}")
@@ -897,33 +875,32 @@ class ProxmoxClient(Client):
     def permissions(self, path: str = "") -> Mapping[str, object]:
         """Return path → privilege → 1 if it also holds below the path, else 0.
 
-        `pvesh get /access/permissions --path PATH`; only with a path does it say what is inherited.
+        `pvesh get /access/permissions --path PATH`; only with a path are inherited ones included.
         """
         return self.get("/access/permissions" + (f"?path={path}" if path else ""), dict)
 
-    def resources(self) -> list[dict[str, object]]:
-        """Return this node's entries in `pvesh get /cluster/resources`, sorted by vmid.
+    def resources(self) -> Entries:
+        """Return this node's entries in `pvesh get /cluster/resources`, sorted.
 
-        Guests need VM.Audit, storages Datastore.Audit.  pveproxy answers this itself, where
-        /nodes/NODE/lxc costs pvedaemon 15 to 22 ms of CPU for each running container, and one that
-        hangs blocks one of its three workers for good.
+        Guests need VM.Audit, storages Datastore.Audit.  pveproxy answers this itself; /nodes/N/lxc
+        costs pvedaemon 15 to 22 ms of CPU for each running container, and one that hangs blocks a
+        worker for good.
         """
         path = "/cluster/resources"
         entries = [entry for entry in self.get(path, list) if isinstance(entry, dict)]
         nodes = sorted(str(entry.get("node")) for entry in entries if entry.get("type") == "node")
         if self.node not in nodes:
-            hint = f"set proxmox.node to one of (case-sensitive): {self.clean(', '.join(nodes))}"
+            hint = f"set proxmox.node to one of (case-sensitive): {sanitize(', '.join(nodes))}"
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
         entries = [entry for entry in entries if entry.get("node") == self.node]
-        guests = [entry for entry in entries if entry.get("type") in ("lxc", "qemu")]
-        # Omitting one would claim that it does not exist.
-        if not all(get_vmid(guest) for guest in guests):
+        entries = [entry for entry in entries if entry.get("type") in self.reads]
+        # Omitting a guest would claim that it does not exist.
+        if not all(get_vmid(entry) for entry in entries if entry["type"] in ("lxc", "qemu")):
             raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
-        return sorted(entries, key=get_vmid)
+        return sorted(entries, key=lambda entry: (get_vmid(entry), str(entry.get("storage"))))
 
-    def list_lxc(self) -> list[dict[str, object]]:
-        """Return this node's containers in /cluster/resources."""
-        return [entry for entry in self.resources() if entry.get("type") == "lxc"]
+    def list_lxc(self) -> Entries:
+        return [entry for entry in self.resources() if entry["type"] == "lxc"]
 
     def node_status(self) -> Mapping[str, object]:
         """Return `pvesh get /nodes/NODE/status` (Sys.Audit on /nodes/NODE)."""
@@ -936,14 +913,14 @@ class ProxmoxClient(Client):
     def backups(self, storage: str) -> list[Backup]:
         """Return the newest backup of each guest on a storage (Datastore.Audit on it).
 
-        Only a dry run of pruning shows backups to a token that can only read:
+        Only a dry run of pruning shows backups to a read-only token:
         `pvesh get /nodes/NODE/storage/STORAGE/prunebackups --prune-backups keep-all=1`.
         """
         name = urllib.parse.quote(storage, safe="")
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
         newest: dict[int, tuple[int, str]] = {}
         for entry in self.get(path, list):
-            # A renamed file has no guest, and its date is not the backup's.
+            # A renamed file has no guest, and not the backup's date.
             if lookup(entry, "mark") == "renamed":
                 continue
             vmid, created = get_vmid(entry), get_int(entry, "ctime") or 0
@@ -962,10 +939,10 @@ class ProxmoxClient(Client):
 
 
 class CloudflaredProber(Protocol):
-    """Whatever can say how the tunnel is doing."""
+    """Finds out how the tunnel is doing."""
 
     def probe(self) -> str:
-        """Return the unit's state.  An exception means that it is unknown."""
+        """Return the unit's state, or raise any exception."""
 
 
 class SystemctlProber:
@@ -978,12 +955,12 @@ class SystemctlProber:
         """Return the unit's state.  Raises AgentError, OSError or subprocess.TimeoutExpired."""
         done = subprocess.run(
             self._command,
-            # Nothing else of our environment: no secret reaches the child.
+            # No secret from our environment reaches the child.
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=SYSTEMCTL_SECONDS,
-            # The exit status differs between releases; the state on standard output does not.
+            # The exit status differs between releases.
             check=False,
         )
         state = done.stdout.decode(errors="replace").strip()
@@ -994,7 +971,7 @@ class SystemctlProber:
 
 
 def notify(message: str) -> None:
-    """Send a message to systemd (sd_notify(3)) if it listens; never waits, never fails."""
+    """Send a message to systemd if it listens (sd_notify(3)); never waits, never fails."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -1002,7 +979,7 @@ def notify(message: str) -> None:
 
 
 def notify_status(status: str, watchdog_seconds: float) -> None:
-    """Send the status, and how soon systemd must hear from the agent again or restart it."""
+    """Send the status, and when systemd is to restart the agent unless it hears from it."""
     watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={watchdog_seconds * 1e6:.0f}\n"
     notify(f"READY=1\n{watchdog if 'WATCHDOG_USEC' in os.environ else ''}STATUS={status}")
 
@@ -1018,15 +995,11 @@ class Collector:
     cloudflared: CloudflaredProber
     _: KW_ONLY
     host_id: str
-    agent_version: str
-    logger: logging.Logger
+    agent_version: str = __version__
+    logger: logging.Logger = LOG
 
     def __post_init__(self) -> None:
         self._warn = WarnOnce(self.logger)
-        extras = self.proxmox.extras
-        self._guest_types = ("lxc", "qemu") if "qemu" in extras else ("lxc",)
-        # `backups` implies `storage`.
-        self._reads_storages = bool({"storage", "backups"} & set(extras))
 
     def collect(self, *, thorough: bool = False) -> HostReport:
         """Return the report; `thorough` also checks the token's privileges on all other paths.
@@ -1035,100 +1008,87 @@ class Collector:
         """
         seconds = COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
         self.proxmox.deadline = time.monotonic() + seconds
-        # pveproxy closes an idle connection after 5 s, so none is kept from cycle to cycle.
+        # Not kept from cycle to cycle: pveproxy closes an idle connection after 5 s.
         with contextlib.closing(self.proxmox):
             resources = self.proxmox.resources()
             status = self.proxmox.node_status()
-            node = next(entry for entry in resources if entry.get("type") == "node")
-            listed = [entry for entry in resources if entry.get("type") in self._guest_types]
-            storages = [entry for entry in resources if entry.get("type") == "storage"]
+            node = next(entry for entry in resources if entry["type"] == "node")
+            listed = [entry for entry in resources if entry["type"] in ("lxc", "qemu")]
+            storages = [entry for entry in resources if entry["type"] == "storage"]
             self._check_token(listed, storages, thorough=thorough)
             stale = self._check_age(status, node, listed)
             host = build_host(self.proxmox.node, status, None if stale else node)
-            guests = self._read_guests(listed, host.cpu_count, stale=stale)
-            targets, backups = self._read_storages(storages, stale=stale)
-        cloudflared = Cloudflared(status=self._probe())
+            guests = self._read_guests(listed, host.cpu_count, stale)
+            targets, backups = self._read_storages(storages, stale)
         return HostReport(
             host_id=self.host_id,
             agent_version=self.agent_version,
-            reported_at=format_time(),
             host=host,
-            guests=guests,
-            cloudflared=cloudflared,
-            storage_targets=targets,
-            backups=backups,
+            guests=tuple(guests),
+            cloudflared=Cloudflared(status=self._probe()),
+            reported_at=format_time(),
+            storage_targets=tuple(targets),
+            backups=tuple(backups),
         )
 
-    def _check_token(
-        self, guests: Sequence[object], storages: Sequence[object], *, thorough: bool
-    ) -> None:
+    def _check_token(self, guests: Entries, storages: Entries, *, thorough: bool) -> None:
         """Warn if the token may see too little, or do more than read.
 
-        Proxmox silently omits what it may not see.  Raises AgentError if that can be why nothing
-        is listed.
+        Proxmox silently omits what it may not see.  Raises AgentError if that may be why a list is
+        empty.
         """
         needed = {"/vms": ("VM.Audit", guests)}
-        if self._reads_storages:
+        if "storage" in self.proxmox.reads:
             needed["/storage"] = ("Datastore.Audit", storages)
+        granted: dict[str, object] = {}
         # Without Sys.Audit on the node, its status could not have been read.
-        paths = [*needed, f"/nodes/{self.proxmox.node}", *([""] if thorough else [])]
-        replies = {path: self.proxmox.permissions(path) for path in paths}
+        for path in (*needed, f"/nodes/{self.proxmox.node}"):
+            granted |= self.proxmox.permissions(path)
         token = f"token {self.proxmox.token_id}"
-        # 0 would hold for the path itself, not for what is below.
-        lacking = [path for path in needed if not lookup(replies[path], path, needed[path][0])]
+        # 0 would not reach what is below the path.
+        lacking = [path for path in needed if not lookup(granted, path, needed[path][0])]
         lacks = " and ".join(f"{needed[path][0]} on {path}" for path in lacking)
         problem = f"{token} lacks {lacks}, so entries may be missing; {self.proxmox.grant_hint}"
         if not all(needed[path][1] for path in lacking):
             raise AgentError(problem)
         self._warn.problem("missing privileges", problem if lacking else "")
-        granted = [names for reply in replies.values() for names in reply.values()]
-        found = {name for names in granted if isinstance(names, dict) for name in names}
+        if thorough:
+            granted |= self.proxmox.permissions()
+        found = {name for names in granted.values() if isinstance(names, dict) for name in names}
         excess = sanitize(", ".join(sorted(name for name in found if not name.endswith(".Audit"))))
         hint = "remove every role except PVEAuditor; pveum acl list shows them"
         problem = f"{token} can do more than read: {excess}; {hint}" if excess else ""
         self._warn.problem("excess privileges", problem)
 
-    def _check_age(self, status: object, node: object, guests: Iterable[object]) -> bool:
+    def _check_age(self, status: object, node: object, guests: Entries) -> bool:
         """Return whether the list is too old to believe; warn if pvestatd does not refresh it.
 
-        Proxmox repeats its last values for 5 minutes as if they were true, then says unknown.
+        Proxmox repeats the last values for 5 minutes, then says unknown.
         """
-        now, then = get_int(status, "uptime"), get_int(node, "uptime")
-        age = now - then if now is not None and then is not None else -1
+        age = (get_int(status, "uptime") or 0) - (get_int(node, "uptime") or math.inf)
         stale = not 0 <= age <= MAX_AGE_SECONDS
-        what, since = "", "yet, or for 5 minutes"
-        if stale:
-            what = "guests and storages"
-            since = f"for {age} s" if age > MAX_AGE_SECONDS else since
-        elif {get_text(guest, "status") for guest in guests} == {"unknown"}:
-            what = "guests"
-        hint = "check systemctl status pvestatd (the usual cause: a storage that does not answer)"
-        problem = f"pvestatd has reported no {what} {since}, so they are unknown; {hint}"
-        self._warn.problem("pvestatd", problem if what else "", key=what)
+        unknown = stale or {get_text(guest, "status") for guest in guests} == {"unknown"}
+        hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
+        problem = f"pvestatd has reported no guests in the last {MAX_AGE_SECONDS} s, so they are "
+        self._warn.problem("pvestatd", f"{problem}unknown; {hint}" if unknown else "")
         return stale
 
-    def _read_guests(
-        self, entries: Sequence[dict[str, object]], cpu_count: int | None, *, stale: bool
-    ) -> tuple[Guest, ...]:
+    def _read_guests(self, entries: Entries, cpu_count: int | None, stale: bool) -> list[Guest]:
         guests, failures = [], []
         for entry in entries:
-            vmid, config = get_vmid(entry), None
+            config = None
             try:
-                config = self.proxmox.guest_config(vmid, str(entry.get("type")))
+                config = self.proxmox.guest_config(get_vmid(entry), str(entry["type"]))
             except AgentError as exc:
-                failures.append((vmid, str(exc)))
+                failures.append(exc)
             guests.append(build_guest(entry, config, cpu_count, stale=stale))
-        problem = ""
-        if failures:
-            vmids = ", ".join(str(vmid) for vmid, _ in failures[:10]) + ", …" * (len(failures) > 10)
-            count = f"{len(failures)} of {len(entries)} guests are unknown ({vmids})"
-            problem = f"{count}: {failures[0][1]}"
-        self._warn.problem("guests", problem)
-        return tuple(guests)
+        count = f"{len(failures)} of {len(guests)} guests are unknown"
+        self._warn.problem("guests", f"{count}, the first: {failures[0]}" if failures else "")
+        return guests
 
     def _read_storages(
-        self, entries: Iterable[object], *, stale: bool
-    ) -> tuple[tuple[StorageTarget, ...], tuple[Backup, ...]]:
+        self, entries: Entries, stale: bool
+    ) -> tuple[list[StorageTarget], list[Backup]]:
         """Return storages and newest backups; a storage whose backups cannot be read is unknown.
 
         Only what pvestatd has just found available is asked: a storage that hangs blocks a worker
@@ -1136,23 +1096,21 @@ class Collector:
         """
         targets: list[StorageTarget] = []
         backups: list[Backup] = []
-        failures = []
-        for entry in entries if self._reads_storages else ():
-            target = build_storage(entry, stale=stale)
+        for entry in entries:
+            problem, target = "", build_storage(entry, stale=stale)
             holds_backups = "backup" in (get_text(entry, "content") or "").split(",")
             # A Proxmox Backup Server has its own API, and its own token.
             is_asked = holds_backups and target.status == "available" and target.type != "pbs"
             try:
-                if is_asked and "backups" in self.proxmox.extras:
+                if is_asked and "backups" in self.proxmox.reads:
                     backups += self.proxmox.backups(target.storage)
             except AgentError as exc:
-                failures.append(f"storage {target.storage} is unknown: {exc}")
+                problem = f"storage {target.storage} is unknown: {exc}"
                 target = build_storage(entry, stale=True)
+            self._warn.problem(f"storage {target.storage}", problem)
             targets.append(target)
-        self._warn.problem("backups", "; ".join(failures))
-        targets.sort(key=lambda target: target.storage)
         backups.sort(key=lambda backup: (backup.vmid, backup.storage))
-        return tuple(targets), tuple(backups)
+        return targets, backups
 
     def _probe(self) -> str:
         state, problem = "unknown", ""
@@ -1160,7 +1118,7 @@ class Collector:
             state = self.cloudflared.probe()
         except Exception as exc:
             # No prober may stop the heartbeat.
-            problem = f"cloudflared.status is unknown: {sanitize(str(exc) or type(exc).__name__)}"
+            problem = f"cloudflared.status is unknown: {sanitize(describe(exc))}"
         self._warn.problem("cloudflared.status", problem)
         return state
 
@@ -1169,25 +1127,22 @@ class Collector:
 
 
 class HubClient(Client):
-    """Posts reports to the hub with urllib.request, which can also use a proxy."""
+    """Posts reports by urllib.request, which can also use a proxy."""
 
     section = "hub"
     server = "the hub"
     where_to_look = "the hub's log"
     max_bytes = 1 << 20
 
-    def __init__(self, config: HubConfig, *, logger: logging.Logger) -> None:
-        super().__init__(config, f"Bearer {config.api_key}", config.api_key)
+    def __init__(self, config: HubConfig, *, logger: logging.Logger = LOG) -> None:
+        super().__init__(config, "Bearer ", config.api_key)
         self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
-        login = "check hub.api_key and hub.host_id, and that no other login is in front of the hub"
-        path = f"check hub.url, to which {REPORT_PATH} is added"
-        gateway = (
-            "the web server in front of the hub cannot reach it; check that the hub is running"
-        )
+        login = "check hub.api_key and hub.host_id, and for another login in front of the hub"
+        gateway = "the web server in front of the hub cannot reach it"
         self.hints = {
             400: "check http or https in hub.url; the web server may demand a client certificate",
             **dict.fromkeys((401, 403), login),
-            **dict.fromkeys((404, 405), path),
+            **dict.fromkeys((404, 405), f"check hub.url, to which {REPORT_PATH} is added"),
             413: "let the hub, and the web server in front of it, accept 4 MiB",
             429: "the hub asks the agent to wait",
             # 520 to 526 are Cloudflare's.
@@ -1216,9 +1171,9 @@ class HubClient(Client):
         reply = self.request("POST", REPORT_PATH, report.to_json().encode())
         envelope = build_envelope(reply)
         self._logger.debug("%s", envelope)
-        name = "poll_interval_seconds"
-        ignored = name in reply and envelope.poll_interval_seconds is None
-        problem = f"the hub's {name} is not an integer and is ignored" if ignored else ""
+        name, problem = "poll_interval_seconds", ""
+        if name in reply and envelope.poll_interval_seconds is None:
+            problem = f"the hub's {name} is not an integer and is ignored"
         self._warn.problem(name, problem)
         return envelope
 
@@ -1228,18 +1183,16 @@ class HubClient(Client):
         return response
 
     def failure_hint(self, exc: Exception) -> str:
-        hint = super().failure_hint(exc)
-        if not self.via or isinstance(exc, ssl.SSLError):
-            return hint
         # http.client has the proxy's status only in its message.
         match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
-        if not match and not isinstance(exc, ConnectionRefusedError | socket.gaierror):
-            return f"{hint}; or https_proxy"
+        is_proxy = match or isinstance(exc, ConnectionRefusedError | socket.gaierror)
+        if not (self.via and is_proxy):
+            return super().failure_hint(exc)
         status = match[1] if match else ""
         if status in ("401", "407"):
             return "check user and password in https_proxy"
-        if status in ("500", "502", "503", "504"):
-            return "the proxy cannot reach the hub: check hub.url, and that the hub is running"
+        if status.startswith("5"):
+            return "the proxy cannot reach the hub; check hub.url"
         return "check https_proxy, and that the proxy allows this host and port; or set no_proxy"
 
 
@@ -1247,10 +1200,10 @@ class HubClient(Client):
 
 
 def retry_delay(interval: float, failures: int, retry_after: int | None, fraction: float) -> float:
-    """Return how many seconds to wait after `failures` in a row.
+    """Return the seconds to wait after `failures` in a row.
 
-    15, 60, 240, … at most the interval, times 0.5 to 1; or Retry-After, at most an hour, times 1
-    to 2.  The random `fraction` (0 to 1) keeps agents from returning together.
+    15, 60, 240, … up to the interval, times 0.5 to 1; or Retry-After, up to an hour, times 1 to 2:
+    the random `fraction` keeps agents from returning together.
     """
     if retry_after:
         return min(retry_after, MAX_POLL_SECONDS) * (1 + fraction)
@@ -1259,13 +1212,13 @@ def retry_delay(interval: float, failures: int, retry_after: int | None, fractio
 
 @dataclass
 class Loop:
-    """Collects and reports for ever; clock, wait, random numbers and systemd are handed in."""
+    """Collects and reports for ever."""
 
     collector: Collector
     client: HubClient
     interval: float
     _: KW_ONLY
-    logger: logging.Logger
+    logger: logging.Logger = LOG
     clock: Callable[[], float] = time.monotonic
     wait: Callable[[float], None] = time.sleep
     fraction: Callable[[], float] = random.random
@@ -1276,7 +1229,7 @@ class Loop:
         self._failures = 0
 
     def run(self, cycles: float = math.inf) -> None:
-        """Run the first cycle at once and each further one when it is due."""
+        """Run the first cycle at once, each further one when due."""
         while cycles > 0:
             cycles -= 1
             delay, status = self.cycle()
@@ -1284,7 +1237,7 @@ class Loop:
             self.wait(delay)
 
     def cycle(self) -> tuple[float, str]:
-        """Collect and send one report; return the seconds to wait, and how it went."""
+        """Collect and report once; return the seconds to wait, and how it went."""
         began = self.clock()
         try:
             report = self.collector.collect()
@@ -1302,21 +1255,20 @@ class Loop:
         return max(0.0, began + self.interval - self.clock()), accepted
 
     def _fail(self, exc: Exception) -> tuple[float, str]:
-        # A bug must not stop the heartbeat either: the next cycle may do better.
-        bug = not isinstance(exc, AgentError)
-        text = f"bug in the agent, please report it: {type(exc).__name__}" if bug else str(exc)
+        # A bug must not stop the heartbeat: the next cycle may do better.
+        text = explain(exc)
         self._failures += 1
-        self._warn.problem("report", text, bug=bug)
+        self._warn.problem("report", text, traceback=not isinstance(exc, AgentError))
         retry_after = getattr(exc, "retry_after", None)
         delay = retry_delay(self.interval, self._failures, retry_after, self.fraction())
-        return delay, f"failed tries: {self._failures}, the last: {sanitize(text, max_length=200)}"
+        return delay, f"failed tries: {self._failures}, the last: {sanitize(text, 200)}"
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 on success, 1 if collect or report failed, 2 for wrong usage or configuration."""
+    """Return 0 on success, 1 if collect or report failed, 2 if the configuration is invalid."""
     about = "Report a Proxmox VE node to a hub."
     parser = argparse.ArgumentParser("felhom-agent", description=about, allow_abbrev=False)
     parser.add_argument("--config", metavar="PATH", help=f"default: {DEFAULT_PATH}")
@@ -1328,28 +1280,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.print:
         name = {"unit": "felhom-agent.service", "config": "agent.example.json"}[arguments.print]
-        with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
-            sys.stdout.buffer.write(file.read())
+        sys.stdout.buffer.write(pathlib.Path(__file__).with_name(name).read_bytes())
         return 0
-    formatter = LogFormatter()
     handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
+    handler.setFormatter(LogFormatter())
     LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(arguments.log_level.upper())
     hub = None
     try:
         config = load_config(arguments.config, os.environ)
-        formatter.secrets = (config.proxmox.token_secret, config.hub.api_key)
         config.validate(hub=arguments.selftest != "proxmox")
-        collector = Collector(
-            ProxmoxClient(config.proxmox),
-            SystemctlProber(config.cloudflared.unit),
-            host_id=config.hub.host_id,
-            agent_version=__version__,
-            logger=LOG,
-        )
+        prober = SystemctlProber(config.cloudflared.unit)
+        collector = Collector(ProxmoxClient(config.proxmox), prober, host_id=config.hub.host_id)
         if arguments.selftest != "proxmox":
-            hub = HubClient(config.hub, logger=LOG)
+            hub = HubClient(config.hub)
     except ConfigError as exc:
         for line in str(exc).split("\n"):
             LOG.error("%s", line)
@@ -1358,12 +1302,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(config.redacted(), indent=2))
         return 0
     if arguments.selftest or hub is None:
-        return selftest(collector, hub, formatter.secrets)
+        return selftest(collector, hub)
     run_daemon(collector, hub, config.hub)
     return 0
 
 
-def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]) -> int:
+def selftest(collector: Collector, hub: HubClient | None) -> int:
     """Collect once, send the report if there is a hub, and print both as JSON."""
     result: dict[str, Any] = {}
     try:
@@ -1374,13 +1318,10 @@ def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
     except Exception as exc:
-        # Masked here too: a client knows only its own secret, and Python's own traceback none.
-        bug = not isinstance(exc, AgentError)
-        text = "bug in the agent, please report it" if bug else sanitize(str(exc), secrets, 2000)
-        result["error"] = text
-        LOG.error("%s", text, exc_info=bug)
+        result["error"] = explain(exc)
+        LOG.error("%s", result["error"], exc_info=not isinstance(exc, AgentError))
     if "report" in result:
-        # It may be empty without a hub section.
+        # Empty if there is no hub section.
         if not report.host_id:
             del result["report"]["host_id"]
         print(json.dumps(result["report"] if hub is None else result, indent=2))
@@ -1388,27 +1329,22 @@ def selftest(collector: Collector, hub: HubClient | None, secrets: Iterable[str]
 
 
 def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> None:
-    """Report until SIGTERM or SIGINT."""
-
     def stop(number: int, _: object) -> None:
         notify("STOPPING=1")
         LOG.info("stopped by %s", signal.Signals(number).name)
-        # Not sys.exit: its exception can be lost in a finalizer, and there is nothing to clean up.
+        # Not sys.exit, whose exception a finalizer can lose; there is nothing to clean up.
         os._exit(0)
 
     cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
     cycle_seconds += SYSTEMCTL_SECONDS + LOOKUP_SECONDS
-
-    def notify_wait(status: str, seconds: float) -> None:
-        secrets = (collector.proxmox.secret, hub.secret)
-        notify_status(sanitize(status, secrets), seconds + cycle_seconds)
-
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     started = "started version=%s host_id=%s url=%s interval=%d"
     LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
-    notify_wait("preparing the first report", 0)
-    Loop(collector, hub, config.poll_seconds, logger=LOG, notify=notify_wait).run()
+    notify_status("preparing the first report", cycle_seconds)
+    loop = Loop(collector, hub, config.poll_seconds)
+    loop.notify = lambda status, seconds: notify_status(status, seconds + cycle_seconds)
+    loop.run()
 
 
 if __name__ == "__main__":

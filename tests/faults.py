@@ -133,7 +133,7 @@ ECHOES: Final = {
     "in the status line": b"@SECRET@ @BASE64@\r\n\r\n",
     "as status": b"HTTP/1.1 @SECRET@\r\n\r\n",
     "as version": b"HTTP/@SECRET@ 200 OK\r\n\r\n",
-    "as Content-Encoding": reply(b"{}", b"Content-Encoding: @SECRET@ @BASE64@\r\n"),
+    "as Content-Encoding": reply(b"\xff", b"Content-Encoding: @SECRET@ @BASE64@\r\n"),
     "as chunk size": CHUNKED + b"@SECRET@\r\n",
     "as body": OK + b"\r\n@SECRET@ @BASE64@",
 }

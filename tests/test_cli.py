@@ -255,8 +255,10 @@ class Broken:
 
 
 def test_bug_in_a_selftest_fails_without_a_report(log: pytest.LogCaptureFixture) -> None:
-    hub = agent.HubClient(agent.HubConfig(url="http://127.0.0.1:1", api_key="key"), logger=LOG)
-    assert agent.selftest(cast(agent.Collector, Broken()), hub, []) == FAILED
+    hub = agent.HubClient(
+        agent.HubConfig(url="http://127.0.0.1:1", api_key="key-of-this-test"), logger=LOG
+    )
+    assert agent.selftest(cast(agent.Collector, Broken()), hub) == FAILED
     ((level, text),) = messages(log)
     assert (level, "bug in the agent" in text) == ("ERROR", True)
 

@@ -133,7 +133,7 @@ def test_guest_without_a_valid_vmid_fails_the_cycle(
     entries = list_entries(node)
     node.script(RESOURCES, reply_with([*entries, {**entries[-1], "type": kind, "vmid": vmid}]))
     with pytest.raises(agent.TransportError, match=f"^GET {RESOURCES}: .*vmid"):
-        make_collector(node).collect()
+        make_collector(node, extras=["qemu"]).collect()
 
 
 def test_vmid_may_be_a_string(node: lab.SimulatedNode) -> None:
@@ -177,7 +177,7 @@ def test_guest_whose_configuration_fails_is_unknown_and_without_spec(
     assert (second["status"], second["spec"]["cores"]) == ("running", 2)
     ((level, text),) = messages(log)
     assert level == "WARNING"
-    assert text.startswith("1 of 2 guests are unknown (100): GET " + CONFIG.format(100))
+    assert text.startswith("1 of 2 guests are unknown, the first: GET " + CONFIG.format(100))
 
 
 def test_failing_guests_are_one_warning_and_their_recovery_one_line(
@@ -193,8 +193,7 @@ def test_failing_guests_are_one_warning_and_their_recovery_one_line(
     collector.collect()
     assert [level for level, _ in messages(log)] == ["WARNING", "DEBUG", "INFO"]
     (_, text), (_, repeated), _ = messages(log)
-    listed = ", ".join(str(vmid) for vmid in range(100, 110))
-    assert text.startswith(f"12 of 12 guests are unknown ({listed}, …): GET ")
+    assert text.startswith("12 of 12 guests are unknown, the first: GET /nodes/pve1/lxc/100/")
     assert repeated == text
 
 
@@ -262,7 +261,7 @@ def test_list_that_is_too_old_is_not_believed(
     for level, text in messages(log):
         assert (level, "systemctl status pvestatd" in text) == ("WARNING", True)
         assert "a storage that does not answer" in text
-        assert (f"for {age} s" in text) == (60 < age < 300)
+        assert "in the last 60 s" in text
 
 
 @pytest.mark.parametrize("missing", ["status", "entry"])

@@ -44,10 +44,15 @@ def refused(code: int) -> ssl.SSLCertVerificationError:
 def all_hints() -> set[str]:
     """What the agent says to do, with the words that docs/messages.md has for what varies."""
     proxmox = agent.ProxmoxClient(
-        agent.ProxmoxConfig(node="NODE", token_id="USER!TOKEN", token_secret="x", timeout_seconds=9)
+        agent.ProxmoxConfig(
+            node="NODE", token_id="USER!TOKEN", token_secret="token-of-this-test", timeout_seconds=9
+        )
     )
     hub = agent.HubClient(
-        agent.HubConfig(url="https://h", host_id="x", api_key="x", timeout_seconds=9), logger=LOG
+        agent.HubConfig(
+            url="https://h", host_id="x", api_key="key-of-this-test", timeout_seconds=9
+        ),
+        logger=LOG,
     )
     failures: list[Exception] = [
         *(refused(code) for code in (62, 10, 20)),

@@ -19,7 +19,7 @@ from support import SOON, make_collector, messages
 GIB: Final = 1 << 30
 PRUNE: Final = "/nodes/pve1/storage/{}/prunebackups?prune-backups=keep-all%3D1"
 # Those that hold backups, are available and not a Proxmox Backup Server.
-ASKED: Final = [PRUNE.format(name) for name in ("local", "bak", "nas")]
+ASKED: Final = [PRUNE.format(name) for name in ("bak", "local", "nas")]
 
 
 @pytest.fixture

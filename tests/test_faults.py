@@ -264,12 +264,12 @@ def test_own_bug_is_told_once_without_secrets_and_ends_nothing(
     plain_node: lab.SimulatedNode, plain_hub: lab.SimulatedHub
 ) -> None:
     stream, waits = io.StringIO(), list[float]()
-    formatter, handler = agent.LogFormatter(), logging.StreamHandler(stream)
-    formatter.secrets = (faults.TOKEN_SECRET,)
-    handler.setFormatter(formatter)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(agent.LogFormatter())
     logger = logging.getLogger("tests.bug")
     logger.addHandler(handler)
     proxmox = agent.ProxmoxClient(proxmox_config(plain_node))
+    agent.SECRETS["proxmox"] = faults.TOKEN_SECRET
     collector = Faulty(proxmox, Prober(), host_id="", agent_version="", logger=logger)
     agent.Loop(collector, make_hub_client(plain_hub), 900, logger=logger, wait=waits.append).run(3)
     shown = stream.getvalue()

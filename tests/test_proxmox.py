@@ -46,7 +46,7 @@ REFUSALS: Final = [
         (grant(), "pveum acl list", "NoAccess"),
         id="403",
     ),
-    pytest.param(500, GONE, True, ("removed", "migrated", "next report"), id="500-guest-gone"),
+    pytest.param(500, GONE, True, ("unless", "removed", "migrated"), id="500-guest-gone"),
     pytest.param(500, PMXCFS, True, ("pve-cluster",), id="500-pmxcfs-down"),
     pytest.param(500, LOOKUP, True, ("journalctl -u pveproxy",), id="500-lookup"),
     pytest.param(
