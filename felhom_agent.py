@@ -695,7 +695,6 @@ class Client:
             raise ConfigError(f"config: {shown}: {problem}") from None
         SECRETS[self.section] = secret
         self.headers = {"Authorization": f"{scheme}{secret}"}
-        self.headers["User-Agent"] = f"felhom-agent/{__version__}"
         signal.signal(signal.SIGALRM, raise_timeout)
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
@@ -1137,6 +1136,7 @@ class HubClient(Client):
     def __init__(self, config: HubConfig, *, logger: logging.Logger = LOG) -> None:
         super().__init__(config, "Bearer ", config.api_key)
         self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
+        self.headers["User-Agent"] = f"felhom-agent/{__version__}"
         login = "check hub.api_key and hub.host_id, and for another login in front of the hub"
         gateway = "the web server in front of the hub cannot reach it"
         self.hints = {
