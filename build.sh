@@ -12,15 +12,15 @@ pyz=dist/felhom-agent.pyz
 usage() {
     cat <<'END'
 usage: ./build.sh                   build dist/felhom-agent.pyz
-       ./build.sh demo [--keep]     build it and report a simulated node to the example hub;
-                                    --keep goes on, and shows the hub's page, until Ctrl-C
+       ./build.sh demo [--keep]     build it and send a simulated node's report to the example hub;
+                                    --keep keeps both running, with the hub's page, until Ctrl-C
        ./build.sh test [ARGUMENT]   build it and run the tests; arguments go to pytest
 
 For work on the agent itself:
        ./build.sh lint              check style, types and shell scripts
        ./build.sh lab [ARGUMENT]    run the simulated node and hub until Ctrl-C
        ./build.sh soak [MINUTES]    run the agent against random faults
-       ./build.sh bench [ARGUMENT]  measure a cycle
+       ./build.sh bench [ARGUMENT]  measure what a cycle costs
 $PYTHON names the Python to use, 3.11 or newer; the default is python3.
 END
 }
