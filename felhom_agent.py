@@ -1,11 +1,11 @@
 """felhom-agent: report the state of one Proxmox VE node to a hub.
 
 Once per interval the agent reads the node through the Proxmox API (GET requests only), asks systemd
-whether the cloudflared tunnel is running, and posts one JSON report to the hub.  Nothing else
-leaves the host.  The report is the heartbeat: if it stops, the hub raises the alarm.
+whether the cloudflared tunnel is running, and posts one JSON report to the hub.  The report is the
+heartbeat: if it stops, the hub raises the alarm.
 
-The agent never changes the node, writes no file, follows no redirect, and runs no command but
-`systemctl is-active UNIT`.  The token secret goes only to Proxmox and the API key only to the hub;
+The agent changes nothing, writes no file, follows no redirect, and runs no command but
+`systemctl is-active UNIT`.  The token secret goes only to Proxmox, the API key only to the hub;
 both are masked in all output.  The hub can only change the interval (60 to 3600 seconds) and, with
 Retry-After, postpone a report by at most two hours.
 
@@ -123,26 +123,26 @@ class LogFormatter(logging.Formatter):
         return f"<{priority}>" + f"\n<{priority}>    ".join(lines)
 
 
+@dataclass
 class WarnOnce:
     """Logs a problem when it starts or changes, and once more when it is over."""
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-        self._current: dict[str, str] = {}
+    logger: logging.Logger
+    current: dict[str, str] = field(default_factory=dict)
 
     def problem(self, topic: str, message: str, *, traceback: bool = False) -> None:
         """Log a warning, or at debug level while the message stays the same; "" is no problem."""
         if message:
-            is_new = self._current.get(topic) != message
-            self._current[topic] = message
+            is_new = self.current.get(topic) != message
+            self.current[topic] = message
             level = logging.WARNING if is_new else logging.DEBUG
-            self._logger.log(level, "%s", message, exc_info=traceback and is_new)
+            self.logger.log(level, "%s", message, exc_info=traceback and is_new)
         else:
             self.resolved(topic)
 
     def resolved(self, topic: str, detail: str = "") -> None:
-        if self._current.pop(topic, None):
-            self._logger.info("%s: problem resolved%s", topic, detail)
+        if self.current.pop(topic, None):
+            self.logger.info("%s: problem resolved%s", topic, detail)
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -595,7 +595,6 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)
         expected = int if item.name in ("poll_interval_seconds", "desired_generation") else bool
-        # Not isinstance: True is an int.
         values[item.name] = value if type(value) is expected else None
     return ControlEnvelope(**values)
 
@@ -667,12 +666,11 @@ def parse_reply(content: bytes, status: int) -> dict[str, Any]:
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
-    # The section of the configuration, and words for messages.
+    # The section of the configuration, and words for messages
     section = server = where_to_look = certificate_hint = ca_hint = via = ""
-    # By status.
     hints: Mapping[int, str]
     max_bytes = 0
-    # By time.monotonic.
+    # By time.monotonic
     deadline = math.inf
 
     def __init__(self, config: ProxmoxConfig | HubConfig, scheme: str, secret: str) -> None:
@@ -761,8 +759,8 @@ class Client:
         hint = self.hints.get(response.status, f"check {self.where_to_look}")
         if 300 <= response.status < 400:
             status += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
-            rule = "must answer under this path itself, without login"
-            hint = f"{self.server} {rule}; for https or another host, change {self.section}.url"
+            rule = f"{self.server} must answer under this path itself, without login"
+            hint = f"{rule}; if only https or the host differs, change {self.section}.url"
         wait = response.headers.get("Retry-After", "").strip()
         retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
         message = f"{operation}: {status}; {hint}"
@@ -780,7 +778,7 @@ class Client:
             # X509_V_ERR_*: no chain to a known CA
             case ssl.SSLCertVerificationError(verify_code=2 | 18 | 19 | 20 | 21):
                 ca_file = f"set {self.section}.ca_file to the server's root CA{self.ca_hint}"
-                return f"{ca_file}; if it is set, the server may not send intermediate certificates"
+                return f"{ca_file}; if it is set, the server may send no intermediate certificates"
             case ssl.SSLCertVerificationError():
                 return "renew the certificate or its CA's, or set this host's clock"
             case ssl.SSLError():
@@ -810,7 +808,7 @@ class ProxmoxClient(Client):
     def __init__(self, config: ProxmoxConfig) -> None:
         super().__init__(config, f"PVEAPIToken={config.token_id}=", config.token_secret)
         self.node, self.token_id = config.node, config.token_id
-        # What to read: types of entries in the list, and backups, which need their storages.
+        # Types of entries in the list; backups need their storages.
         self.reads: tuple[str, ...] = ("node", "lxc", *config.extras)
         if "backups" in self.reads:
             self.reads += ("storage",)
@@ -824,7 +822,7 @@ class ProxmoxClient(Client):
         node_hint = f"check that node {config.node} is up, and systemctl status pvedaemon on it"
         self.hints = {
             401: "check proxmox.token_id and proxmox.token_secret; pveum user token list "
-            f"{user} shows an expired token, pveum user list a disabled or expired user",
+            f"{user} and pveum user list show what is expired or disabled",
             403: self.grant_hint,
             500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or "
             "migrated",
@@ -838,7 +836,7 @@ class ProxmoxClient(Client):
             self.context.verify_mode = ssl.CERT_NONE
         connection = Connection(self.netloc, context=self.context)
         connection.fingerprint = config.fingerprint.replace(":", "").lower()
-        # http is for loopback addresses only, see FORMS.
+        # For loopback addresses only, see FORMS
         is_http = self.url.startswith("http:")
         self._connection = http.client.HTTPConnection(self.netloc) if is_http else connection
 
@@ -924,7 +922,7 @@ class ProxmoxClient(Client):
                 continue
             vmid, created = get_vmid(entry), get_int(entry, "ctime") or 0
             volid = get_text(entry, "volid") or ""
-            # Up to 2106; strftime cannot do every integer.
+            # strftime cannot do every integer.
             if not (vmid and volid and 0 < created < 2**32):
                 raise self.unexpected(f"GET {path}", "a backup without guest, name or date")
             newest[vmid] = max(newest.get(vmid, (0, "")), (created, volid))
@@ -944,16 +942,17 @@ class CloudflaredProber(Protocol):
         """Return the unit's state, or raise any exception."""
 
 
+@dataclass
 class SystemctlProber:
     """Asks `systemctl is-active UNIT`."""
 
-    def __init__(self, unit: str) -> None:
-        self._command = ["systemctl", "is-active", "--", unit]
+    unit: str
 
     def probe(self) -> str:
         """Return the unit's state.  Raises AgentError, OSError or subprocess.TimeoutExpired."""
+        command = ["systemctl", "is-active", "--", self.unit]
         done = subprocess.run(
-            self._command,
+            command,
             # No secret from our environment reaches the child.
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
@@ -965,7 +964,7 @@ class SystemctlProber:
         state = done.stdout.decode(errors="replace").strip()
         if not re.fullmatch("[a-z-]{2,20}", state):
             reason = done.stderr.decode(errors="replace").partition("\n")[0] or "printed no state"
-            raise AgentError(f"{' '.join(self._command)}: {sanitize(reason)}")
+            raise AgentError(f"{' '.join(command)}: {sanitize(reason)}")
         return state
 
 
@@ -978,7 +977,7 @@ def notify(message: str) -> None:
 
 
 def notify_status(status: str, watchdog_seconds: float) -> None:
-    """Send the status, and when systemd is to restart the agent unless it hears from it."""
+    """Send the status, and when systemd is to restart a silent agent."""
     watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={watchdog_seconds * 1e6:.0f}\n"
     notify(f"READY=1\n{watchdog if 'WATCHDOG_USEC' in os.environ else ''}STATUS={status}")
 
@@ -1005,8 +1004,7 @@ class Collector:
 
         Raises AgentError if the node's status or the list cannot be read.
         """
-        seconds = COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
-        self.proxmox.deadline = time.monotonic() + seconds
+        self.proxmox.deadline = time.monotonic() + COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
         # Not kept from cycle to cycle: pveproxy closes an idle connection after 5 s.
         with contextlib.closing(self.proxmox):
             resources = self.proxmox.resources()
@@ -1054,9 +1052,9 @@ class Collector:
         if thorough:
             granted |= self.proxmox.permissions()
         found = {name for names in granted.values() if isinstance(names, dict) for name in names}
-        excess = sanitize(", ".join(sorted(name for name in found if not name.endswith(".Audit"))))
+        excess = ", ".join(sorted(name for name in found if not name.endswith(".Audit")))
         hint = "remove every role except PVEAuditor; pveum acl list shows them"
-        problem = f"{token} can do more than read: {excess}; {hint}" if excess else ""
+        problem = f"{token} can do more than read: {sanitize(excess)}; {hint}" if excess else ""
         self._warn.problem("excess privileges", problem)
 
     def _check_age(self, status: object, node: object, guests: Entries) -> bool:
@@ -1137,10 +1135,9 @@ class HubClient(Client):
         super().__init__(config, "Bearer ", config.api_key)
         self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
         self.headers["User-Agent"] = f"felhom-agent/{__version__}"
-        login = "check hub.api_key and hub.host_id, and for another login in front of the hub"
+        login = "check hub.api_key and hub.host_id, or remove another login in front of the hub"
         gateway = "the web server in front of the hub cannot reach it"
         self.hints = {
-            400: "check http or https in hub.url; the web server may demand a client certificate",
             **dict.fromkeys((401, 403), login),
             **dict.fromkeys((404, 405), f"check hub.url, to which {REPORT_PATH} is added"),
             413: "let the hub, and the web server in front of it, accept 4 MiB",
