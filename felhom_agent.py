@@ -51,9 +51,9 @@ SYSTEMCTL_SECONDS: Final = 5
 # A collect may take this many times proxmox.timeout_seconds.
 COLLECT_TIMEOUTS: Final = 6
 # pvestatd refreshes /cluster/resources every 10 s; an older list is treated as unknown.
-MAX_AGE_SECONDS: Final = 60
+MAX_LIST_AGE_SECONDS: Final = 60
 # For name lookups, which Python cannot interrupt; see resolv.conf(5).
-LOOKUP_SECONDS: Final = 120
+DNS_SECONDS: Final = 120
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 REPORT_PATH: Final = "/api/v1/host-report"
 
@@ -107,7 +107,7 @@ def describe(exc: BaseException) -> str:
     return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text)
 
 
-def explain(exc: Exception) -> str:
+def failure_message(exc: Exception) -> str:
     is_bug = not isinstance(exc, AgentError)
     return f"bug in the agent, please report it: {type(exc).__name__}" if is_bug else str(exc)
 
@@ -181,30 +181,31 @@ class CloudflaredConfig:
     unit: str = "cloudflared.service"
 
 
+# Regular expressions
 PORT: Final = r"(:([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]))?"
 PATH: Final = r"(/[\w.~!$&'()*+,;=:/-]*)?"
 HOST: Final = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
 LOOPBACK: Final = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 URL: Final = f"(https://{HOST}|http://{LOOPBACK})"
-SECRET: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
-ABSOLUTE: Final = (r"(/[^\x00]*)?", "an absolute path")
-TIMEOUT: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "an integer from 1 to 300")
+SECRET_FORM: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
+ABSOLUTE_FORM: Final = (r"(/[^\x00]*)?", "an absolute path")
+TIMEOUT_FORM: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "an integer from 1 to 300")
 # Each value's pattern and description.  No value is shown: it may be a misplaced secret.
 FORMS: Final = {
     "proxmox.url": (f"{URL}{PORT}/?", "https://host[:port]"),
     "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
     "proxmox.token_id": (r"[!-.0-9;-~]+@[\w.-]+![\w.-]+", "user@realm!tokenname"),
-    "proxmox.token_secret": SECRET,
-    "proxmox.ca_file": ABSOLUTE,
+    "proxmox.token_secret": SECRET_FORM,
+    "proxmox.ca_file": ABSOLUTE_FORM,
     "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
-    "proxmox.timeout_seconds": TIMEOUT,
+    "proxmox.timeout_seconds": TIMEOUT_FORM,
     "proxmox.extras": (r"((qemu|storage|backups)(\n|$))*", "a list of qemu, storage, backups"),
     "hub.url": (URL + PORT + PATH, "https://host[:port][/path] in ASCII (xn--…)"),
     "hub.host_id": (r"\S(.{0,253}\S)?", "1 to 255 characters, without spaces at the ends"),
-    "hub.api_key": SECRET,
+    "hub.api_key": SECRET_FORM,
     "hub.poll_seconds": (r"-?[0-9]+", "an integer"),
-    "hub.timeout_seconds": TIMEOUT,
-    "hub.ca_file": ABSOLUTE,
+    "hub.timeout_seconds": TIMEOUT_FORM,
+    "hub.ca_file": ABSOLUTE_FORM,
     # No leading dash: systemctl would take it for an option.
     "cloudflared.unit": (r"[\w:.@\\][\w:.@\\-]{0,254}", "the name of a systemd unit"),
 }
@@ -571,7 +572,7 @@ def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | N
 
 
 def parse_volume_size(volume: str) -> int | None:
-    """Return the bytes of `local:100/vm-100-disk-0.raw,size=8G`; None for a bind mount, or 0."""
+    """Return the bytes of `local:100/vm-100-disk-0.raw,size=8G`; None without a size."""
     match = re.search(r",size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)(?:,|$)", volume)
     size = float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else 0
     return parse_int(int(size)) or None
@@ -607,7 +608,7 @@ class PinMismatch(OSError):
 
 
 class Connection(http.client.HTTPSConnection):
-    """Compares a pinned certificate before anything is sent."""
+    """Compares a pinned certificate before anything is sent, and reads early refusals."""
 
     fingerprint = ""
 
@@ -677,7 +678,7 @@ class Client:
         self.url = config.url.rstrip("/")
         self.netloc = config.url.split("/")[2]
         self.timeout_seconds = config.timeout_seconds
-        self.limit = f"{self.section}.timeout_seconds ({self.timeout_seconds})"
+        self.timeout_hint = f"raise {self.section}.timeout_seconds ({self.timeout_seconds})"
         # Unlike ssl.create_default_context: no SSLKEYLOGFILE, and no VERIFY_X509_STRICT on Python
         # 3.13, which most CAs that Proxmox made before March 2026 fail.
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -695,7 +696,7 @@ class Client:
         self.headers = {"Authorization": f"{scheme}{secret}"}
         signal.signal(signal.SIGALRM, raise_timeout)
 
-    def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response with its body unread."""
         raise NotImplementedError
 
@@ -707,13 +708,13 @@ class Client:
         operation = f"{method} {path}"
         seconds = min(self.timeout_seconds, self.deadline - time.monotonic())
         if seconds <= 0:
-            raise TransportError(f"{operation}: no time left in this cycle; raise {self.limit}")
+            raise TransportError(f"{operation}: no time left in this cycle; {self.timeout_hint}")
         try:
             # A socket's timeout bounds one read, the alarm everything, CONNECT included.  It
             # repeats: a finalizer swallows it, a connect goes on to the next address.
             try:
                 signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-                with self.send(method, path, body) as response:
+                with self.open_response(method, path, body) as response:
                     is_success = 200 <= response.status < 300
                     content = read_body(response, self.max_bytes) if is_success else b""
             finally:
@@ -786,7 +787,7 @@ class Client:
                 return f"check host and port in {url}, and that {tls}"
             case TimeoutError():
                 look = f"{self.where_to_look}, network and name servers"
-                return f"check {look}, or raise {self.limit}"
+                return f"check {look}, or {self.timeout_hint}"
             case socket.gaierror():
                 return f"check the host name in {url}, and this host's name servers"
         return f"check {self.where_to_look}, and {url} (http or https, host, port)"
@@ -809,9 +810,9 @@ class ProxmoxClient(Client):
         super().__init__(config, f"PVEAPIToken={config.token_id}=", config.token_secret)
         self.node, self.token_id = config.node, config.token_id
         # Types of entries in the list; backups need their storages.
-        self.reads: tuple[str, ...] = ("node", "lxc", *config.extras)
-        if "backups" in self.reads:
-            self.reads += ("storage",)
+        self.entry_types: tuple[str, ...] = ("node", "lxc", *config.extras)
+        if "backups" in self.entry_types:
+            self.entry_types += ("storage",)
         user = config.token_id.partition("!")[0]
         # A token with privilege separation has only the privileges that its user has too.
         self.grant_hint = (
@@ -840,7 +841,7 @@ class ProxmoxClient(Client):
         is_http = self.url.startswith("http:")
         self._connection = http.client.HTTPConnection(self.netloc) if is_http else connection
 
-    def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request over a kept connection: a TLS handshake takes six times as long as a call.
 
         If the server has closed it meanwhile, the GET is repeated once, on a new one.
@@ -853,7 +854,7 @@ class ProxmoxClient(Client):
             self.close()
             if not reused:
                 raise
-        return self.send(method, path, body)
+        return self.open_response(method, path, body)
 
     def close(self) -> None:
         self._connection.close()
@@ -890,13 +891,14 @@ class ProxmoxClient(Client):
             hint = f"set proxmox.node to one of (case-sensitive): {sanitize(', '.join(nodes))}"
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
         entries = [entry for entry in entries if entry.get("node") == self.node]
-        entries = [entry for entry in entries if entry.get("type") in self.reads]
+        entries = [entry for entry in entries if entry.get("type") in self.entry_types]
         # Omitting a guest would claim that it does not exist.
         if not all(get_vmid(entry) for entry in entries if entry["type"] in ("lxc", "qemu")):
             raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
         return sorted(entries, key=lambda entry: (get_vmid(entry), str(entry.get("storage"))))
 
     def list_lxc(self) -> Entries:
+        """Return this node's containers; the agent itself uses `resources`."""
         return [entry for entry in self.resources() if entry["type"] == "lxc"]
 
     def node_status(self) -> Mapping[str, object]:
@@ -1010,18 +1012,18 @@ class Collector:
             resources = self.proxmox.resources()
             status = self.proxmox.node_status()
             node = next(entry for entry in resources if entry["type"] == "node")
-            listed = [entry for entry in resources if entry["type"] in ("lxc", "qemu")]
+            guests = [entry for entry in resources if entry["type"] in ("lxc", "qemu")]
             storages = [entry for entry in resources if entry["type"] == "storage"]
-            self._check_token(listed, storages, thorough=thorough)
-            stale = self._check_age(status, node, listed)
+            self._check_token(guests, storages, thorough=thorough)
+            stale = self._check_age(status, node, guests)
             host = build_host(self.proxmox.node, status, None if stale else node)
-            guests = self._read_guests(listed, host.cpu_count, stale)
+            reported = self._read_guests(guests, host.cpu_count, stale)
             targets, backups = self._read_storages(storages, stale)
         return HostReport(
             host_id=self.host_id,
             agent_version=self.agent_version,
             host=host,
-            guests=tuple(guests),
+            guests=tuple(reported),
             cloudflared=Cloudflared(status=self._probe()),
             reported_at=format_time(),
             storage_targets=tuple(targets),
@@ -1035,7 +1037,7 @@ class Collector:
         empty.
         """
         needed = {"/vms": ("VM.Audit", guests)}
-        if "storage" in self.proxmox.reads:
+        if "storage" in self.proxmox.entry_types:
             needed["/storage"] = ("Datastore.Audit", storages)
         granted: dict[str, object] = {}
         # Without Sys.Audit on the node, its status could not have been read.
@@ -1063,11 +1065,11 @@ class Collector:
         Proxmox repeats the last values for 5 minutes, then says unknown.
         """
         age = (get_int(status, "uptime") or 0) - (get_int(node, "uptime") or math.inf)
-        stale = not 0 <= age <= MAX_AGE_SECONDS
+        stale = not 0 <= age <= MAX_LIST_AGE_SECONDS
         unknown = stale or {get_text(guest, "status") for guest in guests} == {"unknown"}
         hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
-        problem = f"pvestatd has reported no guests in the last {MAX_AGE_SECONDS} s, so they are "
-        self._warn.problem("pvestatd", f"{problem}unknown; {hint}" if unknown else "")
+        problem = f"pvestatd has reported no guests in the last {MAX_LIST_AGE_SECONDS} s, so they"
+        self._warn.problem("pvestatd", f"{problem} are unknown; {hint}" if unknown else "")
         return stale
 
     def _read_guests(self, entries: Entries, cpu_count: int | None, stale: bool) -> list[Guest]:
@@ -1099,7 +1101,7 @@ class Collector:
             # A Proxmox Backup Server has its own API, and its own token.
             is_asked = holds_backups and target.status == "available" and target.type != "pbs"
             try:
-                if is_asked and "backups" in self.proxmox.reads:
+                if is_asked and "backups" in self.proxmox.entry_types:
                     backups += self.proxmox.backups(target.storage)
             except AgentError as exc:
                 problem = f"storage {target.storage} is unknown: {exc}"
@@ -1174,7 +1176,7 @@ class HubClient(Client):
         self._warn.problem(name, problem)
         return envelope
 
-    def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         request = urllib.request.Request(self.url + path, body, self.headers, method=method)
         response: http.client.HTTPResponse = self._opener.open(request)
         return response
@@ -1240,7 +1242,7 @@ class Loop:
             report = self.collector.collect()
             requested = self.client.report(report).poll_interval_seconds
         except Exception as exc:
-            return self._fail(exc)
+            return self._after_failure(exc)
         self._warn.resolved("report", f", accepted after failed tries: {self._failures}")
         self._failures = 0
         self.logger.debug("report accepted, %d guests", len(report.guests))
@@ -1251,9 +1253,9 @@ class Loop:
         accepted = f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
         return max(0.0, began + self.interval - self.clock()), accepted
 
-    def _fail(self, exc: Exception) -> tuple[float, str]:
+    def _after_failure(self, exc: Exception) -> tuple[float, str]:
         # A bug must not stop the heartbeat: the next cycle may do better.
-        text = explain(exc)
+        text = failure_message(exc)
         self._failures += 1
         self._warn.problem("report", text, traceback=not isinstance(exc, AgentError))
         retry_after = getattr(exc, "retry_after", None)
@@ -1315,7 +1317,7 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
     except Exception as exc:
-        result["error"] = explain(exc)
+        result["error"] = failure_message(exc)
         LOG.error("%s", result["error"], exc_info=not isinstance(exc, AgentError))
     if "report" in result:
         # Empty if there is no hub section.
@@ -1333,7 +1335,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> None:
         os._exit(0)
 
     cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
-    cycle_seconds += SYSTEMCTL_SECONDS + LOOKUP_SECONDS
+    cycle_seconds += SYSTEMCTL_SECONDS + DNS_SECONDS
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     started = "started version=%s host_id=%s url=%s interval=%d"

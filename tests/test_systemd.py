@@ -181,7 +181,7 @@ def test_watchdog_of_the_daemon_allows_for_the_longest_cycle(
     agent_config: Path, tmp_path: Path
 ) -> None:
     cycle = agent.COLLECT_TIMEOUTS * agent.ProxmoxConfig().timeout_seconds
-    cycle += agent.SYSTEMCTL_SECONDS + agent.HubConfig().timeout_seconds + agent.LOOKUP_SECONDS
+    cycle += agent.SYSTEMCTL_SECONDS + agent.HubConfig().timeout_seconds + agent.DNS_SECONDS
     with Daemon(tmp_path, agent_config) as daemon:
         daemon.await_cycle()
     first, after = daemon.notified
