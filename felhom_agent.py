@@ -779,7 +779,7 @@ class Client:
             # X509_V_ERR_*: no chain to a known CA
             case ssl.SSLCertVerificationError(verify_code=2 | 18 | 19 | 20 | 21):
                 ca_file = f"set {self.section}.ca_file to the server's root CA{self.ca_hint}"
-                return f"{ca_file}; if it is set, perhaps the server sends no intermediate certificates"
+                return f"{ca_file}; if set, perhaps the server sends no intermediate certificates"
             case ssl.SSLCertVerificationError():
                 return "renew the certificate or its CA's, or set this host's clock"
             case ssl.SSLError():
