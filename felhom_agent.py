@@ -7,7 +7,7 @@ heartbeat: if it stops, the hub raises the alarm.
 The agent changes nothing, writes no file, follows no redirect, and runs no command but
 `systemctl is-active UNIT`.  The token secret goes only to Proxmox, the API key only to the hub;
 both are masked in all output.  The hub can only change the interval (60 to 3600 seconds) and, with
-Retry-After, postpone a report by at most two hours.
+Retry-After, the wait after a failure (at most two hours).
 
 Each section uses only those above it.  `Loop.cycle` is one heartbeat: `Collector.collect` builds
 the report, `HubClient.report` sends it.
@@ -508,8 +508,8 @@ def format_time(seconds: float | None = None) -> str:
 def build_host(node: str, status: object, entry: object) -> HostMetrics:
     """Build the node's metrics from its status and its entry in /cluster/resources.
 
-    The entry has the CPU usage, 0 if not measured yet; the status has it only since the same API
-    worker was last asked.
+    The entry has the CPU usage, 0 if not measured yet; the status's covers only the time since the
+    same API worker was last asked.
     """
     version = re.match(r"pve-manager/([^/\s]+)", get_text(status, "pveversion") or "")
     # Proxmox VE 8.0 has only `kversion`: "Linux 6.2.16-3-pve #1 SMP …".
@@ -613,7 +613,7 @@ class Connection(http.client.HTTPSConnection):
     fingerprint = ""
 
     def connect(self) -> None:
-        # Then a failure is an ExceptionGroup, see _no_response.
+        # Its failure is an ExceptionGroup, see _no_response.
         self._create_connection = functools.partial(socket.create_connection, all_errors=True)
         super().connect()
         digest = hashlib.sha256(self.sock.getpeercert(True) or b"").hexdigest()
@@ -1044,7 +1044,7 @@ class Collector:
         for path in (*needed, f"/nodes/{self.proxmox.node}"):
             granted |= self.proxmox.permissions(path)
         token = f"token {self.proxmox.token_id}"
-        # 0 would not reach what is below the path.
+        # 0 holds for the path alone.
         lacking = [path for path in needed if not lookup(granted, path, needed[path][0])]
         lacks = " and ".join(f"{needed[path][0]} on {path}" for path in lacking)
         problem = f"{token} lacks {lacks}, so entries may be missing; {self.proxmox.grant_hint}"
