@@ -15,7 +15,7 @@ import pytest
 
 import felhom_agent as agent
 import lab
-from support import LOG, make_collector, make_hub_client
+from support import make_collector, make_hub_client
 
 ROOT: Final = Path(__file__).parent.parent
 README: Final = (ROOT / "README.md").read_text("utf-8")
@@ -49,10 +49,7 @@ def all_hints() -> set[str]:
         )
     )
     hub = agent.HubClient(
-        agent.HubConfig(
-            url="https://h", host_id="x", api_key="key-of-this-test", timeout_seconds=9
-        ),
-        logger=LOG,
+        agent.HubConfig(url="https://h", host_id="x", api_key="key-of-this-test", timeout_seconds=9)
     )
     failures: list[Exception] = [
         *(refused(code) for code in (62, 10, 20)),
