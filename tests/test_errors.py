@@ -35,9 +35,11 @@ def test_text_is_shown_as_one_printable_line(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("secret", [SECRET, "a'b\"c\\d/e+f=g%h&i$j<k~>?", "~"])
-def test_secret_is_masked_as_it_is_and_in_base64(secret: str) -> None:
+def test_secret_is_masked_as_it_is_and_in_base64(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
     encoded = base64.b64encode(secret.encode()).decode()
-    agent.SECRETS["hub"] = secret
+    monkeypatch.setitem(agent.SECRETS, "hub", secret)
     shown = agent.sanitize(f"[{secret}] [{encoded}] [{secret}]")
     assert shown.replace("=", "") == "[***] [***] [***]"
 
