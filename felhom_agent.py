@@ -1198,15 +1198,15 @@ class HubClient(Client):
 # ---- loop ----------------------------------------------------------------------------------------
 
 
-def retry_delay(interval: float, failures: int, retry_after: int | None, fraction: float) -> float:
+def retry_delay(interval: float, failures: int, retry_after: int | None) -> float:
     """Return the seconds to wait after `failures` in a row.
 
-    15, 60, 240, … up to the interval, times 0.5 to 1; or Retry-After, up to an hour, times 1 to 2:
-    the random `fraction` keeps agents from returning together.
+    15, 60, 240, … up to the interval, times 0.5 to 1; or Retry-After, up to an hour, times 1 to 2.
+    The random factor keeps agents from returning together.
     """
     if retry_after:
-        return min(retry_after, MAX_POLL_SECONDS) * (1 + fraction)
-    return min(interval, FIRST_RETRY_SECONDS * 4.0 ** min(failures - 1, 6)) * (0.5 + fraction / 2)
+        return min(retry_after, MAX_POLL_SECONDS) * random.uniform(1, 2)
+    return min(interval, FIRST_RETRY_SECONDS * 4.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1)
 
 
 @dataclass
@@ -1220,8 +1220,8 @@ class Loop:
     logger: logging.Logger = LOG
     clock: Callable[[], float] = time.monotonic
     wait: Callable[[float], None] = time.sleep
-    fraction: Callable[[], float] = random.random
-    notify: Callable[[str, float], None] = notify_status
+    # How long a cycle may take, for systemd's watchdog
+    cycle_seconds: float = 0
 
     def __post_init__(self) -> None:
         self._warn = WarnOnce(self.logger)
@@ -1232,7 +1232,7 @@ class Loop:
         while cycles > 0:
             cycles -= 1
             delay, status = self.cycle()
-            self.notify(f"{status}, next in {delay:.0f} s", delay)
+            notify_status(f"{status}, next in {delay:.0f} s", delay + self.cycle_seconds)
             self.wait(delay)
 
     def cycle(self) -> tuple[float, str]:
@@ -1259,7 +1259,7 @@ class Loop:
         self._failures += 1
         self._warn.problem("report", text, traceback=not isinstance(exc, AgentError))
         retry_after = getattr(exc, "retry_after", None)
-        delay = retry_delay(self.interval, self._failures, retry_after, self.fraction())
+        delay = retry_delay(self.interval, self._failures, retry_after)
         return delay, f"failed tries: {self._failures}, the last: {sanitize(text, 200)}"
 
 
@@ -1341,9 +1341,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> None:
     started = "started version=%s host_id=%s url=%s interval=%d"
     LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
     notify_status("preparing the first report", cycle_seconds)
-    loop = Loop(collector, hub, config.poll_seconds)
-    loop.notify = lambda status, seconds: notify_status(status, seconds + cycle_seconds)
-    loop.run()
+    Loop(collector, hub, config.poll_seconds, cycle_seconds=cycle_seconds).run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import felhom_agent as agent
 import lab
@@ -89,8 +89,7 @@ def soak(
     prober, extras = Prober(), ("qemu", "storage", "backups")
     collector = make_collector(node, prober, timeout_seconds=SOON, extras=extras)
     client = make_hub_client(hub, timeout_seconds=SOON)
-    seams: dict[str, Any] = {"wait": lambda _: None, "notify": lambda *_: None}
-    loop = agent.Loop(collector, client, 900, logger=LOG, **seams)
+    loop = agent.Loop(collector, client, 900, logger=LOG, wait=lambda _: None)
     end, failed = time.monotonic() + seconds, 0
     # For each cycle the most memory so far, in KiB.
     peaks: list[int] = []

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from unittest import mock
 
 import pytest
 
@@ -68,19 +69,10 @@ class Agent(agent.Collector, agent.HubClient):
         self.received.append(self.now)
         return envelope
 
-    def run(self, interval: float, fraction: Callable[[], float]) -> Agent:
-        loop = agent.Loop(
-            self,
-            self,
-            interval,
-            logger=QUIET,
-            clock=lambda: self.now,
-            wait=self.wait,
-            fraction=fraction,
-            notify=lambda _text, _seconds: None,
-        )
+    def run(self, interval: float) -> Agent:
+        seams: dict[str, Any] = {"clock": lambda: self.now, "wait": self.wait}
         with suppress(TheEnd):
-            loop.run()
+            agent.Loop(self, self, interval, logger=QUIET, **seams).run()
         return self
 
     def longest_silence(self) -> float:
@@ -99,8 +91,8 @@ def longest_silence(
 ) -> float:
     """Return the seconds between two reports with so many lost between them, at worst.
 
-    At worst the report before them took no time at all, every later cycle takes as long as it may,
-    and every random number is the one that waits longest.
+    At worst the report before them took no time at all, and every later cycle takes as long as it
+    may.
     """
     left = [lost]
 
@@ -112,7 +104,8 @@ def longest_silence(
 
     host = Agent(answer, end=30 * interval)
     host.cycle_seconds = lambda: cycle if host.received else 0.0
-    host.run(interval, lambda: 1.0)
+    with mock.patch.object(random, "uniform", lambda _, longest: longest):
+        host.run(interval)
     assert left == [0]
     return host.longest_silence()
 
@@ -155,10 +148,10 @@ def test_retry_after_of_r_seconds_makes_a_report_late_by_up_to_two_r_more(second
 
 def test_no_host_that_loses_two_reports_in_a_row_is_ever_overdue() -> None:
     """Cycles of any length, reports lost at random, never three of them in a row."""
-    chance = random.Random(1)
+    random.seed(1)
 
     def answer(_now: float) -> agent.ControlEnvelope:
-        lost_in_a_row[0] = lost_in_a_row[0] + 1 if chance.random() < 0.4 else 0
+        lost_in_a_row[0] = lost_in_a_row[0] + 1 if random.random() < 0.4 else 0
         if 0 < lost_in_a_row[0] < 3:
             raise agent.TransportError("")
         lost_in_a_row[0] = 0
@@ -167,8 +160,8 @@ def test_no_host_that_loses_two_reports_in_a_row_is_ever_overdue() -> None:
     for interval in (60, 300, 900):
         lost_in_a_row = [0]
         host = Agent(answer, end=2000 * interval)
-        host.cycle_seconds = lambda: chance.random() * LONGEST_CYCLE
-        host.run(interval, chance.random)
+        host.cycle_seconds = lambda: random.random() * LONGEST_CYCLE
+        host.run(interval)
         assert len(host.received) > 1000
         assert interval < host.longest_silence() <= interval + TOLERANCE
 
@@ -177,8 +170,8 @@ def test_no_host_that_loses_two_reports_in_a_row_is_ever_overdue() -> None:
 
 
 def run_fleet(answer: Answer, boots: Iterable[float], end: float, seed: int = 1) -> list[Agent]:
-    chance = random.Random(seed)
-    return [Agent(answer, end, booted=booted).run(INTERVAL, chance.random) for booted in boots]
+    random.seed(seed)
+    return [Agent(answer, end, booted=booted).run(INTERVAL) for booted in boots]
 
 
 def spread_boots(seconds: float, seed: int = 2) -> list[float]:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import gc
 import re
+import socket
 import weakref
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import cycle, pairwise
+from pathlib import Path
 from typing import Any, Final, Literal
+from unittest import mock
 
 import pytest
 
@@ -21,6 +25,8 @@ from support import LOG, make_hub_client, make_report, messages
 DOWN: Final = agent.TransportError("POST /report: hub.example: Connection refused; check the port")
 BUSY: Final = agent.HTTPError("POST /report: 503 Busy; wait", status=503)
 START: Final = 5000.0
+# The longest cycle, for the watchdog
+CYCLE: Final = 200
 Place = Literal["collect", "report"]
 
 
@@ -31,10 +37,13 @@ class Guest(agent.Guest):
 class World(agent.Collector, agent.HubClient):
     """Clock, node, hub and systemd of one loop, and lists of what it does with them.
 
+    `notified` has what systemd got before each wait: the status, and its watchdog's seconds.
     The clock moves when the loop waits, and by `takes` with each collect.  Each collect or report,
     depending on `place`, has one of the `replies` (an exception, a requested interval, or None for
     no request); the last of them is repeated for ever.
     """
+
+    systemd: socket.socket
 
     def __init__(
         self, *replies: BaseException | int | None, place: Place = "report", takes: float = 0.0
@@ -51,16 +60,9 @@ class World(agent.Collector, agent.HubClient):
         self.kept: list[bool] = []
         self.latest: Callable[[], object] = lambda: None
 
-    def loop(
-        self,
-        fraction: Callable[[], float] = lambda: 1.0,
-        *,
-        node: agent.Collector | None = None,
-        hub: agent.HubClient | None = None,
-    ) -> agent.Loop:
+    def loop(self, *, hub: agent.HubClient | None = None) -> agent.Loop:
         seams: dict[str, Any] = {"clock": lambda: self.now, "wait": self.wait}
-        seams |= {"fraction": fraction, "notify": self.notify}
-        return agent.Loop(node or self, hub or self, 900, logger=LOG, **seams)
+        return agent.Loop(self, hub or self, 900, logger=LOG, cycle_seconds=CYCLE, **seams)
 
     def reply(self, place: Place) -> int | None:
         self.did.append(place)
@@ -83,11 +85,9 @@ class World(agent.Collector, agent.HubClient):
         self.sent.append(report.reported_at)
         return agent.build_envelope({"poll_interval_seconds": self.reply("report")})
 
-    def notify(self, status: str, seconds: float) -> None:
-        self.did.append("notify")
-        self.notified.append((status, seconds))
-
     def wait(self, seconds: float) -> None:
+        message = dict(line.split("=", 1) for line in self.systemd.recv(4096).decode().splitlines())
+        self.notified.append((message["STATUS"], int(message["WATCHDOG_USEC"]) / 1e6))
         self.did.append("wait")
         self.waits.append(seconds)
         self.kept.append(self.latest() is not None)
@@ -97,6 +97,24 @@ class World(agent.Collector, agent.HubClient):
     def gaps(self) -> list[float]:
         """Seconds from the beginning of one cycle to that of the next."""
         return [later - earlier for earlier, later in pairwise(self.tries)]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A listening systemd, and random numbers that make the longest delays."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, drawn(1):
+        sock.bind(str(tmp_path / "notify"))
+        sock.setblocking(False)
+        World.systemd = sock
+        yield
+
+
+def drawn(*fractions: float) -> AbstractContextManager[object]:
+    """Let random numbers be at these fractions of their range, one after the other."""
+    numbers = cycle(fractions)
+    return mock.patch("random.uniform", lambda low, high: low + (high - low) * next(numbers))
 
 
 # ---- the rule for retries ------------------------------------------------------------------------
@@ -115,10 +133,11 @@ class World(agent.Collector, agent.HubClient):
 def test_delay_grows_fourfold_up_to_the_interval(
     interval: float, delays: list[float], fraction: float, factor: float, retry_after: int | None
 ) -> None:
-    found = [agent.retry_delay(interval, count, retry_after, fraction) for count in range(1, 7)]
-    assert found == [delay * factor for delay in delays]
-    # Nor does a float overflow after years.
-    assert agent.retry_delay(interval, 1_000_000, retry_after, fraction) == interval * factor
+    with drawn(fraction):
+        found = [agent.retry_delay(interval, count, retry_after) for count in range(1, 7)]
+        assert found == [delay * factor for delay in delays]
+        # Nor does a float overflow after years.
+        assert agent.retry_delay(interval, 1_000_000, retry_after) == interval * factor
 
 
 @pytest.mark.parametrize(("retry_after", "minimum"), [(1, 1), (30, 30), (3600, 3600), (9999, 3600)])
@@ -126,8 +145,9 @@ def test_delay_grows_fourfold_up_to_the_interval(
 def test_retry_after_is_respected_and_spread_up_to_twofold(
     retry_after: int, minimum: float, failures: int
 ) -> None:
-    delays = [agent.retry_delay(900, failures, retry_after, tenth / 10) for tenth in range(11)]
-    assert delays == pytest.approx([minimum * (1 + tenth / 10) for tenth in range(11)])
+    with drawn(0, 0.25, 1):
+        delays = [agent.retry_delay(900, failures, retry_after) for _ in range(3)]
+    assert delays == [minimum, minimum * 1.25, minimum * 2]
 
 
 # ---- the heartbeat -------------------------------------------------------------------------------
@@ -137,8 +157,8 @@ def test_first_report_goes_out_at_once_and_systemd_hears_before_each_wait() -> N
     world = World(None, DOWN, None)
     world.loop().run(3)
     assert world.tries[0] == START
-    assert world.did == ["collect", "report", "notify", "wait"] * 3
-    assert [seconds for _, seconds in world.notified] == world.waits
+    assert world.did == ["collect", "report", "wait"] * 3
+    assert [seconds for _, seconds in world.notified] == [wait + CYCLE for wait in world.waits]
 
 
 @pytest.mark.parametrize(
@@ -178,15 +198,17 @@ def test_whatever_fails_is_tried_again_soon(failure: Exception, place: Place) ->
 
 
 def test_each_delay_has_a_random_number_of_its_own() -> None:
-    world, numbers = World(DOWN), iter([0.0, 0.5, 1.0])
-    world.loop(lambda: next(numbers)).run(3)
+    world = World(DOWN)
+    with drawn(0, 0.5, 1):
+        world.loop().run(3)
     assert world.waits == [7.5, 45, 240]
 
 
 @pytest.mark.parametrize("place", ["collect", "report"])
 def test_retry_after_decides_when_the_next_try_comes(place: Place) -> None:
     world = World(agent.HTTPError("", status=503, retry_after=120), None, place=place)
-    world.loop(lambda: 0.25).run(3)
+    with drawn(0.25):
+        world.loop().run(3)
     assert world.gaps == [150, 900]
 
 
@@ -261,7 +283,8 @@ def test_failures_are_logged_when_they_begin_change_and_end(log: pytest.LogCaptu
 
 def test_status_says_how_it_went_and_when_the_next_report_is_due() -> None:
     world = World(None, DOWN, BUSY, ValueError("of ours"), None, takes=1)
-    world.loop(lambda: 0.0).run(5)
+    with drawn(0):
+        world.loop().run(5)
     expected = [
         ("accepted", "12 guests", "next in 899 s"),
         ("tries: 1", str(DOWN), "next in 8 s"),
