@@ -1036,21 +1036,22 @@ class Collector:
         Proxmox silently omits what it may not see.  Raises AgentError if that may be why a list is
         empty.
         """
-        needed = {"/vms": ("VM.Audit", guests)}
-        if "storage" in self.proxmox.entry_types:
-            needed["/storage"] = ("Datastore.Audit", storages)
-        granted: dict[str, object] = {}
-        # Without Sys.Audit on the node, its status could not have been read.
-        for path in (*needed, f"/nodes/{self.proxmox.node}"):
-            granted |= self.proxmox.permissions(path)
         token = f"token {self.proxmox.token_id}"
-        # 0 holds for the path alone.
-        lacking = [path for path in needed if not lookup(granted, path, needed[path][0])]
-        lacks = " and ".join(f"{needed[path][0]} on {path}" for path in lacking)
-        problem = f"{token} lacks {lacks}, so entries may be missing; {self.proxmox.grant_hint}"
-        if not all(needed[path][1] for path in lacking):
-            raise AgentError(problem)
-        self._warn.problem("missing privileges", problem if lacking else "")
+        granted: dict[str, object] = {}
+        needed = [("VM.Audit", "/vms", guests)]
+        if "storage" in self.proxmox.entry_types:
+            needed.append(("Datastore.Audit", "/storage", storages))
+        for privilege, path, entries in needed:
+            granted |= self.proxmox.permissions(path)
+            lacks = f"{token} lacks {privilege} on {path}, so entries may be missing"
+            # 0 holds for the path alone.
+            holds = lookup(granted, path, privilege)
+            problem = "" if holds else f"{lacks}; {self.proxmox.grant_hint}"
+            if problem and not entries:
+                raise AgentError(problem)
+            self._warn.problem(f"{privilege} on {path}", problem)
+        # Without Sys.Audit on the node, its status could not have been read.
+        granted |= self.proxmox.permissions(f"/nodes/{self.proxmox.node}")
         if thorough:
             granted |= self.proxmox.permissions()
         found = {name for names in granted.values() if isinstance(names, dict) for name in names}
