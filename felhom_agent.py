@@ -689,9 +689,8 @@ class Client:
             else:
                 self.context.load_default_certs()
         except OSError as exc:
-            problem = "no PEM certificate" if isinstance(exc, ssl.SSLError) else describe(exc)
             shown = f"{self.section}.ca_file: {sanitize(config.ca_file)}"
-            raise ConfigError(f"config: {shown}: {problem}") from None
+            raise ConfigError(f"config: {shown}: no PEM certificate ({describe(exc)})") from None
         SECRETS[self.section] = secret
         self.headers = {"Authorization": f"{scheme}{secret}"}
         signal.signal(signal.SIGALRM, raise_timeout)
