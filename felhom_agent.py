@@ -93,8 +93,8 @@ SECRETS: Final[dict[str, str]] = {}
 
 def sanitize(text: str, max_length: int = 300) -> str:
     """Return `text` as one printable line with the secrets masked."""
-    for secret in sorted(filter(None, SECRETS.values()), key=len, reverse=True):
-        encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
+    for secret in filter(None, SECRETS.values()):
+        encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
         text = text.replace(secret, "***").replace(encoded, "***")
     if len(text) > max_length:
         text = text[:max_length] + "…"
