@@ -638,10 +638,7 @@ def raise_timeout(*_: object) -> None:
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off.
-
-    Not inlined: in Python 3.12 and 3.13, a `try` around such a loop misses an alarm at its end.
-    """
+    """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off."""
     body = b""
     # Not read(n), which believes whatever size a chunk claims to have.
     while piece := response.read1(65536):
@@ -711,15 +708,12 @@ class Client:
         try:
             # A socket's timeout bounds one read, the alarm everything, CONNECT included.  It
             # repeats: a finalizer swallows it, a connect goes on to the next address.
-            try:
-                signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-                with self.open_response(method, path, body) as response:
-                    is_success = 200 <= response.status < 300
-                    content = read_body(response, self.max_bytes) if is_success else b""
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+            with self.open_response(method, path, body) as response:
+                is_success = 200 <= response.status < 300
+                content = read_body(response, self.max_bytes) if is_success else b""
+            signal.setitimer(signal.ITIMER_REAL, 0)
         except Exception as exc:
-            # Again: the alarm may have come just before it was switched off.
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.close()
             # "from None": the cause may quote what the server sent.
@@ -745,7 +739,6 @@ class Client:
         return TransportError(f"{reply}; {hint}")
 
     def _no_response(self, operation: str, exc: Exception) -> TransportError:
-        # Not worded in `request`: a local variable there would keep the report in memory.
         if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
             exc = exc.reason
         if isinstance(exc, ExceptionGroup):
