@@ -754,8 +754,7 @@ class Client:
             status += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
             rule = f"{self.server} must answer under this path itself, without login"
             hint = f"{rule}; if only https or the host differs, change {self.section}.url"
-        wait = response.headers.get("Retry-After", "").strip()
-        retry_after = int(wait) if re.fullmatch("[0-9]{1,9}", wait) else None
+        retry_after = parse_int(response.headers.get("Retry-After"))
         message = f"{operation}: {status}; {hint}"
         return HTTPError(message, status=response.status, retry_after=retry_after)
 
