@@ -1174,16 +1174,15 @@ class HubClient(Client):
 
     def failure_hint(self, exc: Exception) -> str:
         # http.client has the proxy's status only in its message.
-        match = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
-        is_proxy = match or isinstance(exc, ConnectionRefusedError | socket.gaierror)
-        if not (self.via and is_proxy):
-            return super().failure_hint(exc)
-        status = match[1] if match else ""
+        refused = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
+        status = refused[1] if refused else ""
         if status in ("401", "407"):
             return "check user and password in https_proxy"
         if status.startswith("5"):
             return "the proxy cannot reach the hub; check hub.url"
-        return "check https_proxy, and that the proxy allows this host and port; or set no_proxy"
+        if refused or (self.via and isinstance(exc, ConnectionRefusedError | socket.gaierror)):
+            return "check https_proxy, and that the proxy allows host and port; or set no_proxy"
+        return super().failure_hint(exc)
 
 
 # ---- loop ----------------------------------------------------------------------------------------
