@@ -800,9 +800,9 @@ class ProxmoxClient(Client):
         super().__init__(config, f"PVEAPIToken={config.token_id}=", config.token_secret)
         self.node, self.token_id = config.node, config.token_id
         # Types of entries in the list; backups need their storages.
-        self.entry_types: tuple[str, ...] = ("node", "lxc", *config.extras)
-        if "backups" in self.entry_types:
-            self.entry_types += ("storage",)
+        self.entry_types = ["node", "lxc", *config.extras]
+        if "backups" in config.extras:
+            self.entry_types.append("storage")
         user = config.token_id.partition("!")[0]
         # A token with privilege separation has only the privileges that its user has too.
         self.grant_hint = (
@@ -880,8 +880,8 @@ class ProxmoxClient(Client):
         if self.node not in nodes:
             hint = f"set proxmox.node to one of (case-sensitive): {sanitize(', '.join(nodes))}"
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
-        entries = [entry for entry in entries if entry.get("node") == self.node]
-        entries = [entry for entry in entries if entry.get("type") in self.entry_types]
+        own = [entry for entry in entries if entry.get("node") == self.node]
+        entries = [entry for entry in own if entry.get("type") in self.entry_types]
         # Omitting a guest would claim that it does not exist.
         if not all(get_vmid(entry) for entry in entries if entry["type"] in ("lxc", "qemu")):
             raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
