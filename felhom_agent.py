@@ -962,10 +962,9 @@ class SystemctlProber:
 
 def notify(message: str) -> None:
     """Send a message to systemd if it listens (sd_notify(3)); never waits, never fails."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(message.encode(), socket.MSG_DONTWAIT, re.sub("^@", "\0", address))
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(message.encode(), socket.MSG_DONTWAIT, address)
 
 
 def notify_status(status: str, watchdog_seconds: float) -> None:
