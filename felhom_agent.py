@@ -181,7 +181,6 @@ class CloudflaredConfig:
     unit: str = "cloudflared.service"
 
 
-# Regular expressions
 PORT: Final = r"(:([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]))?"
 PATH: Final = r"(/[\w.~!$&'()*+,;=:/-]*)?"
 HOST: Final = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
@@ -258,7 +257,7 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
             document = json.load(file)
     except FileNotFoundError:
         if named:
-            hint = "felhom-agent.pyz --print=config prints an example"
+            hint = "see felhom-agent.pyz --print=config"
             raise ConfigError(f"{shown}: no such file; {hint}") from None
         LOG.info("%s: no such file, using only the environment", shown)
     except (OSError, ValueError, RecursionError) as exc:
@@ -928,20 +927,16 @@ class ProxmoxClient(Client):
 
 
 class CloudflaredProber(Protocol):
-    """Finds out how the tunnel is doing."""
-
     def probe(self) -> str:
         """Return the unit's state, or raise any exception."""
 
 
 @dataclass
 class SystemctlProber:
-    """Asks `systemctl is-active UNIT`."""
-
     unit: str
 
     def probe(self) -> str:
-        """Return the unit's state.  Raises AgentError, OSError or subprocess.TimeoutExpired."""
+        """Ask `systemctl is-active UNIT`.  Raises AgentError, OSError or TimeoutExpired."""
         command = ["systemctl", "is-active", "--", self.unit]
         done = subprocess.run(
             command,
@@ -950,8 +945,6 @@ class SystemctlProber:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=SYSTEMCTL_SECONDS,
-            # The exit status differs between releases.
-            check=False,
         )
         state = done.stdout.decode(errors="replace").strip()
         if not re.fullmatch("[a-z-]{2,20}", state):
