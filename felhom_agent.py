@@ -816,7 +816,6 @@ class ProxmoxClient(Client):
             403: self.grant_hint,
             500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or "
             "migrated",
-            501: "check proxmox.url; the agent needs Proxmox VE 8 or later",
             # pveproxy's own, for what it passes on
             **dict.fromkeys(range(595, 600), node_hint),
         }

@@ -49,11 +49,6 @@ REFUSALS: Final = [
     pytest.param(500, GONE, True, ("unless", "removed", "migrated"), id="500-guest-gone"),
     pytest.param(500, PMXCFS, True, ("pve-cluster",), id="500-pmxcfs-down"),
     pytest.param(500, LOOKUP, True, ("journalctl -u pveproxy",), id="500-lookup"),
-    pytest.param(
-        *(501, f"Method 'GET {STATUS}' not implemented", True),
-        ("proxmox.url", "Proxmox VE 8"),
-        id="501",
-    ),
     pytest.param(595, "No route to host", False, OTHER_NODE, id="595-offline-node"),
     pytest.param(595, "Connection refused", False, OTHER_NODE, id="595-pvedaemon-down"),
     pytest.param(596, "Connection timed out", False, OTHER_NODE, id="596"),
