@@ -477,7 +477,7 @@ def get_text(data: object, *keys: str) -> str | None:
 def parse_number(value: object) -> float | None:
     """Return a number from 0 to 2^53, or None.  Proxmox sends some numbers as strings."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
-        value = float(value) if "." in value else int(value)
+        value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53:
         return value
     return None
@@ -515,8 +515,8 @@ def build_host(node: str, status: object, entry: object) -> HostMetrics:
     kernel = re.match(r"Linux (\S+)", get_text(status, "kversion") or "")
     usage = parse_number(lookup(entry, "cpu"))
     loads = lookup(status, "loadavg")
-    averages = [parse_number(load) for load in loads] if isinstance(loads, list) else []
-    known = [average for average in averages if average is not None]
+    numbers = [parse_number(load) for load in loads] if isinstance(loads, list) else []
+    averages = [number for number in numbers if number is not None]
     return HostMetrics(
         node=node,
         pve_version=version[1] if version else None,
@@ -525,7 +525,7 @@ def build_host(node: str, status: object, entry: object) -> HostMetrics:
         cpu_model=get_text(status, "cpuinfo", "model"),
         cpu_count=get_int(status, "cpuinfo", "cpus") or None,
         cpu_usage=usage if usage and usage <= 1 else None,
-        load_average=known if len(known) == len(averages) == 3 else None,
+        load_average=averages if len(averages) == 3 else None,
         memory_total_bytes=get_int(status, "memory", "total"),
         memory_used_bytes=get_int(status, "memory", "used"),
         swap_total_bytes=get_int(status, "swap", "total"),
