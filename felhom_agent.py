@@ -225,8 +225,8 @@ class Config:
         if keys:
             raise ConfigError("\n".join(f"config: {key}: {self.problems[key]}" for key in keys))
 
-    def redacted(self) -> dict[str, dict[str, object]]:
-        sections: dict[str, dict[str, object]] = dataclasses.asdict(self)
+    def redacted(self) -> dict[str, Any]:
+        sections = dataclasses.asdict(self)
         del sections["problems"]
         for section, key in (("proxmox", "token_secret"), ("hub", "api_key")):
             sections[section][key] = "***" if sections[section][key] else ""
@@ -621,8 +621,7 @@ class Connection(http.client.HTTPSConnection):
             raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
 
     def send(self, data: Any) -> None:
-        # A server that refuses may close before it has read everything.  Its response or TLS alert
-        # says why; without one, getresponse raises.
+        # A server that refuses may close before it has read everything; getresponse says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)
 
@@ -1235,7 +1234,7 @@ class Loop:
         return max(0.0, began + self.interval - self.clock()), accepted
 
     def _after_failure(self, exc: Exception) -> tuple[float, str]:
-        # A bug must not stop the heartbeat: the next cycle may do better.
+        # Bugs included: the heartbeat must go on.
         text = failure_message(exc)
         self._failures += 1
         self._warn.problem("report", text, traceback=not isinstance(exc, AgentError))
@@ -1312,7 +1311,7 @@ def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> None:
     def stop(number: int, _: object) -> None:
         notify("STOPPING=1")
         LOG.info("stopped by %s", signal.Signals(number).name)
-        # Not sys.exit, whose exception a finalizer can lose; there is nothing to clean up.
+        # Not sys.exit, whose exception a finalizer can lose.
         os._exit(0)
 
     cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
