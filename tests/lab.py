@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -469,6 +469,18 @@ class Server:
         reason = reply.reason or responses.get(reply.status, "")
         lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
         return f"HTTP/1.1 {reply.status} {reason}\r\n{''.join(lines)}\r\n".encode()
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    """A port on which connecting never ends: its queue is full, and nobody takes from it."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
 
 
 # --- guests and storages --------------------------------------------------------------------------

@@ -357,15 +357,8 @@ def test_signal_ends_a_request_to_the_hub(
 
 @pytest.mark.parametrize("section", ["proxmox", "hub"])
 def test_signal_ends_a_connect_that_nobody_accepts(start: Start, section: str) -> None:
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        # Fills the queue: from then on the kernel lets nobody in and says nothing.
-        for _ in range(3):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        assert_ends(start(changes={section: {"url": url}}))
+    with lab.black_hole() as port:
+        assert_ends(start(changes={section: {"url": f"https://127.0.0.1:{port}"}}))
 
 
 @pytest.mark.parametrize("section", ["proxmox", "hub", "proxy"])

@@ -70,18 +70,6 @@ def slow_server(start: bytes, again: bytes = b"") -> Server:
     return lambda: raw_server(talk)
 
 
-@contextlib.contextmanager
-def black_hole() -> Iterator[int]:
-    """A port on which connecting never ends: its queue is full, and nobody takes from it."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
-
-
 @pytest.fixture(autouse=True)
 def no_alarm_is_left() -> Iterator[None]:
     yield
@@ -97,7 +85,7 @@ LENGTH: Final = b"Content-Length: 999\r\n\r\n"
 @pytest.mark.parametrize(
     ("scheme", "server"),
     [
-        pytest.param("https", black_hole, id="connect"),
+        pytest.param("https", lab.black_hole, id="connect"),
         pytest.param("https", slow_server(b""), id="silent handshake"),
         pytest.param("https", slow_server(HANDSHAKE, b"\0"), id="dripping handshake"),
         pytest.param("http", slow_server(b""), id="silence"),
@@ -521,7 +509,7 @@ def test_address_that_does_not_answer_is_followed_by_the_next(
 ) -> None:
     """Each further one has a second more: the alarm comes again."""
     url, began = "https://pve1.example.lan", time.monotonic()
-    with black_hole() as port:
+    with lab.black_hole() as port:
         resolve["pve1.example.lan"] = [address(port), address(node.port)]
         assert read_status(node, url=url, timeout_seconds=SOON)
         resolve["pve1.example.lan"] = [address(port)] * 2
