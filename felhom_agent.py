@@ -1077,17 +1077,18 @@ class Collector:
         targets: list[StorageTarget] = []
         backups: list[Backup] = []
         for entry in entries:
-            problem, target = "", build_storage(entry, stale=stale)
+            target = build_storage(entry, stale=stale)
+            topic = f"storage {target.storage}"
             holds_backups = "backup" in (get_text(entry, "content") or "").split(",")
             # A Proxmox Backup Server has its own API, and its own token.
             is_asked = holds_backups and target.status == "available" and target.type != "pbs"
             try:
                 if is_asked and "backups" in self.proxmox.entry_types:
                     backups += self.proxmox.backups(target.storage)
+                    self._warn.resolved(topic)
             except AgentError as exc:
-                problem = f"storage {target.storage} is unknown: {exc}"
+                self._warn.problem(topic, f"{topic} is unknown: {exc}")
                 target = build_storage(entry, stale=True)
-            self._warn.problem(f"storage {target.storage}", problem)
             targets.append(target)
         backups.sort(key=lambda backup: (backup.vmid, backup.storage))
         return targets, backups
