@@ -71,7 +71,7 @@ class ConfigError(Exception):
 
 
 class AgentError(Exception):
-    """No report could be made or sent.  The message says why and what to do."""
+    """An expected failure.  The message says what to do."""
 
 
 class TransportError(AgentError):
@@ -685,7 +685,7 @@ class Client:
                 self.context.load_default_certs()
         except OSError as exc:
             shown = f"{self.section}.ca_file: {sanitize(config.ca_file)}"
-            raise ConfigError(f"config: {shown}: no PEM certificate ({describe(exc)})") from None
+            raise ConfigError(f"config: {shown}: no usable PEM file ({describe(exc)})") from None
         SECRETS[self.section] = secret
         self.headers = {"Authorization": f"{scheme}{secret}"}
         signal.signal(signal.SIGALRM, raise_timeout)
@@ -984,7 +984,7 @@ class Collector:
     def collect(self, *, thorough: bool = False) -> HostReport:
         """Return the report; `thorough` also checks the token's privileges on all other paths.
 
-        Raises AgentError if the node's status or the list cannot be read.
+        Raises AgentError if the list, the node's status or the token's privileges cannot be read.
         """
         self.proxmox.deadline = time.monotonic() + COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
         # Not kept from cycle to cycle: pveproxy closes an idle connection after 5 s.
@@ -1030,7 +1030,7 @@ class Collector:
             if problem and not entries:
                 raise AgentError(problem)
             self._warn.problem(f"{privilege} on {path}", problem)
-        # Without Sys.Audit on the node, its status could not have been read.
+        # For the excess alone: without Sys.Audit, reading the status would have failed.
         granted |= self.proxmox.permissions(f"/nodes/{self.proxmox.node}")
         if thorough:
             granted |= self.proxmox.permissions()
@@ -1192,7 +1192,7 @@ def retry_delay(interval: float, failures: int, retry_after: int | None) -> floa
 
 @dataclass
 class Loop:
-    """Collects and reports for ever."""
+    """Collects and reports forever."""
 
     collector: Collector
     client: HubClient
@@ -1235,7 +1235,7 @@ class Loop:
         return max(0.0, began + self.interval - self.clock()), accepted
 
     def _after_failure(self, exc: Exception) -> tuple[float, str]:
-        # Bugs included: the heartbeat must go on.
+        # A bug must not stop the heartbeat either.
         text = failure_message(exc)
         self._failures += 1
         self._warn.problem("report", text, traceback=not isinstance(exc, AgentError))

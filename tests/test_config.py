@@ -458,7 +458,7 @@ def test_ca_file_without_a_certificate_is_refused(
     path = tmp_path / "ca.pem"
     if content is not None:
         path.write_text(content, "ascii")
-    told = rf"\.ca_file: {path}: no PEM certificate \({problem}"
+    told = rf"\.ca_file: {path}: no usable PEM file \({problem}"
     with pytest.raises(agent.ConfigError, match=rf"^config: proxmox{told}"):
         agent.ProxmoxClient(agent.ProxmoxConfig(ca_file=str(path)))
     with pytest.raises(agent.ConfigError, match=rf"^config: hub{told}"):
