@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import random
 import re
 import signal
@@ -1260,7 +1259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.print:
         name = {"unit": "felhom-agent.service", "config": "agent.example.json"}[arguments.print]
-        sys.stdout.buffer.write(pathlib.Path(__file__).with_name(name).read_bytes())
+        with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
+            sys.stdout.buffer.write(file.read())
         return 0
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
