@@ -724,6 +724,7 @@ class Client:
         try:
             return parse_reply(content, response.status)
         except (ValueError, RecursionError) as exc:
+            self.close()
             encoding = response.headers.get("Content-Encoding")
             problem = f"compressed by {encoding}" if encoding else str(exc)
             raise self.unexpected(operation, problem, response.status) from None

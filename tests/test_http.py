@@ -254,10 +254,10 @@ def test_post_is_never_sent_twice(hub: lab.SimulatedHub) -> None:
     "answer",
     [
         *(lab.Reply(status, close=False) for status in (301, 403, 500)),
-        lab.Reply(body=bytes(9 << 20)),
+        *(lab.Reply(body=body) for body in (b"<html>", b"[]", bytes(9 << 20))),
         lab.Stall(),
     ],
-    ids=["301", "403", "500", "too large", "timeout"],
+    ids=["301", "403", "500", "HTML", "array", "too large", "timeout"],
 )
 def test_connection_is_closed_after_a_failure(
     plain_node: lab.SimulatedNode, answer: lab.Answer
