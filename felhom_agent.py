@@ -92,7 +92,7 @@ SECRETS: Final[dict[str, str]] = {}
 
 def sanitize(text: str, max_length: int = 300) -> str:
     """Return `text` as one printable line with the secrets masked."""
-    for secret in filter(None, SECRETS.values()):
+    for secret in sorted(filter(None, SECRETS.values()), key=len, reverse=True):
         encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
         text = text.replace(secret, "***").replace(encoded, "***")
     if len(text) > max_length:

@@ -44,6 +44,12 @@ def test_secret_is_masked_as_it_is_and_in_base64(
     assert shown.replace("=", "") == "[***] [***] [***]"
 
 
+def test_secret_that_contains_the_other_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(agent.SECRETS, "proxmox", SECRET)
+    monkeypatch.setitem(agent.SECRETS, "hub", f"x{SECRET}y")
+    assert agent.sanitize(f"x{SECRET}y") == "***"
+
+
 def test_errors_of_a_server_say_status_and_when_to_come_back() -> None:
     error = agent.HTTPError("GET /: 503", status=503, retry_after=7)
     assert (str(error), error.status, error.retry_after) == ("GET /: 503", 503, 7)
