@@ -27,10 +27,11 @@ SECRET = "5f0e9a7c-2d41-4c8b-9d7e-0a1b2c3d4e5f"
         pytest.param("x" * 300, "x" * 300, id="just short enough"),
         pytest.param("x" * 301, "x" * 300 + "…", id="too long"),
         pytest.param("x" * 295 + SECRET, "x" * 295 + "***", id="secret at the cut"),
+        pytest.param(f"a {SECRET}-b", "a ***", id="secret that begins with the other"),
     ],
 )
 def test_text_is_shown_as_one_printable_line(text: str, shown: str) -> None:
-    agent.SECRETS.update(proxmox=SECRET, hub="")
+    agent.SECRETS.update(proxmox=SECRET, hub=f"{SECRET}-b")
     assert agent.sanitize(text) == shown
 
 
@@ -42,12 +43,6 @@ def test_secret_is_masked_as_it_is_and_in_base64(
     monkeypatch.setitem(agent.SECRETS, "hub", secret)
     shown = agent.sanitize(f"[{secret}] [{encoded}] [{secret}]")
     assert shown.replace("=", "") == "[***] [***] [***]"
-
-
-def test_secret_that_contains_the_other_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(agent.SECRETS, "proxmox", SECRET)
-    monkeypatch.setitem(agent.SECRETS, "hub", f"x{SECRET}y")
-    assert agent.sanitize(f"x{SECRET}y") == "***"
 
 
 def test_errors_of_a_server_say_status_and_when_to_come_back() -> None:
