@@ -524,7 +524,7 @@ def build_host(node: str, status: object, entry: object) -> HostMetrics:
         cpu_model=get_text(status, "cpuinfo", "model"),
         cpu_count=get_int(status, "cpuinfo", "cpus") or None,
         cpu_usage=usage if usage and usage <= 1 else None,
-        load_average=averages if len(averages) == 3 else None,
+        load_average=averages if len(averages) == len(numbers) == 3 else None,
         memory_total_bytes=get_int(status, "memory", "total"),
         memory_used_bytes=get_int(status, "memory", "used"),
         swap_total_bytes=get_int(status, "swap", "total"),

@@ -237,7 +237,7 @@ def test_kernel_version(current: object, sentence: object, kernel: str | None) -
         (["0.00", "0.00", "0.00"], [0, 0, 0]),
         ([2.54, 1, "3"], [2.54, 1, 3]),
         *((["1", "2", wrong], None) for wrong in ("x", None, "-3", True, math.nan)),
-        *((sent, None) for sent in ([], ["1", "2"], ["1", "2", "3", "4"])),
+        *((sent, None) for sent in ([], ["1", "2"], ["1", "2", "3", "4"], ["1", "x", "2", "3"])),
         *((sent, None) for sent in ("1 2 3", "123", {"0": 1, "1": 2, "2": 3}, None, 5)),
     ],
     ids=short,
