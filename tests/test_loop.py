@@ -25,7 +25,6 @@ from support import LOG, make_hub_client, make_report, messages
 DOWN: Final = agent.TransportError("POST /report: hub.example: Connection refused; check the port")
 BUSY: Final = agent.HTTPError("POST /report: 503 Busy; wait", status=503)
 START: Final = 5000.0
-# The longest cycle, for the watchdog
 CYCLE: Final = 200
 Place = Literal["collect", "report"]
 
