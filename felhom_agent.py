@@ -613,13 +613,21 @@ class Connection(http.client.HTTPSConnection):
     def connect(self) -> None:
         # Its failure is an ExceptionGroup, see _no_response.
         self._create_connection = functools.partial(socket.create_connection, all_errors=True)
-        super().connect()
+        try:
+            super().connect()
+        except BaseException:
+            # A failed tunnel or handshake would leave a socket without TLS.
+            self.close()
+            raise
         digest = hashlib.sha256(self.sock.getpeercert(True) or b"").hexdigest()
         if self.fingerprint not in ("", digest):
             self.close()
             raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
 
     def send(self, data: Any) -> None:
+        # Before the rest, because only errors of sending may be passed over, not of connecting.
+        if self.sock is None:
+            self.connect()
         # A server that refuses may close before it has read everything; getresponse says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)

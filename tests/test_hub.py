@@ -358,6 +358,29 @@ def test_proxy_that_does_not_answer_is_told_in_time(
     assert time.monotonic() - began < SOON + 1.5
 
 
+def test_nothing_but_connect_reaches_a_proxy_before_tls_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends its side of the connection instead of an answer, and goes on reading."""
+    received = b""
+
+    def talk(connection: socket.socket) -> None:
+        nonlocal received
+        connection.settimeout(10)
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(65536):
+            received += piece
+
+    with raw_server(talk) as port:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        client = make_hub_client(lab.SimulatedHub(None), url=FAR)
+        with pytest.raises(agent.TransportError, match="through the proxy .*: .*closed"):
+            client.report(make_report())
+    assert received.startswith(b"CONNECT hub.example.com:443 HTTP/1.")
+    assert received.endswith(b"\r\n\r\n")
+    assert received.count(b"\r\n\r\n") == 1
+
+
 @contextlib.contextmanager
 def closed_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
