@@ -143,7 +143,7 @@ lint() {
     "$venv/bin/python" -m ruff format --check .
     "$venv/bin/python" -m mypy
     command -v shellcheck >/dev/null || die "needs shellcheck: apt install shellcheck"
-    shellcheck build.sh .ci/run tests/systemd/boot tests/systemd/run
+    shellcheck build.sh .ci/run tests/systemd/boot tests/systemd/run tests/systemd/suite
 }
 
 command=${1-build}
