@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import felhom_agent as agent
 import lab
 
 # Whoever has pasted the lab's lines into this terminal tests the agent all the same, and not with
@@ -39,6 +40,12 @@ settings.register_profile(
     suppress_health_check=slow,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+
+@pytest.fixture(autouse=True)
+def forget_secrets() -> None:
+    """What a client of another test has registered is not masked in this one."""
+    agent.SECRETS.clear()
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,12 @@ import lab
 
 LOG: Final = logging.getLogger("tests")
 MODULE: Final = Path(agent.__file__)
-# How long a client waits in tests; the configuration takes whole seconds, a client any.
+# How long a client waits in a test for a server that never answers; the configuration takes whole
+# seconds, a client any.  If others do answer in that test, they need the limit of a busy machine.
 SOON: Final[Any] = 0.4
+SOON_IF_BUSY: Final = 1
+# What ends in time has ended before this, on a busy machine too; what hangs goes on for longer.
+HANG_SECONDS: Final = 5.0
 
 # The command line as it is, but the wait says so, and ends with a line on standard input.
 STEPPED: Final = """

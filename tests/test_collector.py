@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import felhom_agent as agent
 import lab
-from support import SOON, Prober, make_collector, messages, proxmox_config
+from support import SOON_IF_BUSY, Prober, make_collector, messages, proxmox_config
 
 RESOURCES: Final = "/cluster/resources"
 STATUS: Final = "/nodes/pve1/status"
@@ -161,7 +161,7 @@ def test_without_list_status_or_privileges_there_is_no_report(
 ) -> None:
     node.script(path, lab.Forever(failure))
     with pytest.raises(agent.AgentError, match=f"^GET {path}.*: .*; "):
-        make_collector(node, timeout_seconds=SOON).collect()
+        make_collector(node, timeout_seconds=SOON_IF_BUSY).collect()
     assert not [request for request in node.requests if "/config" in request.path]
 
 
@@ -170,7 +170,7 @@ def test_guest_whose_configuration_fails_is_unknown_and_without_spec(
     node: lab.SimulatedNode, log: pytest.LogCaptureFixture, failure: lab.Answer
 ) -> None:
     node.script("/nodes/pve1/lxc/100/", lab.Forever(failure))
-    report = make_collector(node, timeout_seconds=SOON).collect()
+    report = make_collector(node, timeout_seconds=SOON_IF_BUSY).collect()
     first, second = json.loads(report.to_json())["guests"]
     expected = {"vmid": 100, "type": "lxc", "name": "ct100", "status": "unknown"}
     assert first == {**expected, "controller_version": ""}
@@ -202,7 +202,7 @@ def test_collect_ends_after_six_timeouts_and_the_rest_is_unknown(
 ) -> None:
     node.guests = lab.many_guests(20)
     node.script("/nodes/pve1/lxc/", lab.Usual(), lab.Usual(), lab.Forever(lab.Stall()))
-    seconds: Any = 0.3
+    seconds: Any = 0.6
     report = make_collector(node, timeout_seconds=seconds).collect()
     known = [guest.vmid for guest in report.guests if guest.spec is not None]
     assert known == [100, 101]

@@ -14,7 +14,7 @@ import pytest
 
 import lab
 from felhom_agent import AgentError, GuestSpec, HostReport
-from support import SOON, make_collector, messages
+from support import SOON_IF_BUSY, make_collector, messages
 
 GIB: Final = 1 << 30
 PRUNE: Final = "/nodes/pve1/storage/{}/prunebackups?prune-backups=keep-all%3D1"
@@ -236,7 +236,7 @@ def test_storage_whose_backups_cannot_be_read_is_unknown_and_the_others_are_not(
 ) -> None:
     """An empty list would claim that there are none.  While the list is old, none is asked."""
     node.script("/nodes/pve1/storage/bak/", lab.Forever(failure))
-    collector = make_collector(node, extras=("backups",), timeout_seconds=SOON)
+    collector = make_collector(node, extras=("backups",), timeout_seconds=SOON_IF_BUSY)
     for _ in range(2):
         report = collector.collect()
         found = storages(report)

@@ -23,8 +23,9 @@ import faults
 import felhom_agent as agent
 import lab
 from support import (
+    HANG_SECONDS,
     LOG,
-    SOON,
+    SOON_IF_BUSY,
     Daemon,
     Prober,
     make_collector,
@@ -34,17 +35,17 @@ from support import (
 )
 
 FAULTS: Final = [pytest.param(fault, id=fault.name) for fault in faults.FAULTS]
-# One request has SOON; the rest is for a busy machine.
-LONGEST_SECONDS: Final = 3.0
 
 
 class Agent:
     """Collector and hub client between two servers that can be broken."""
 
-    def __init__(self, node: faults.BreakableNode, hub: faults.BreakableHub) -> None:
+    def __init__(
+        self, node: faults.BreakableNode, hub: faults.BreakableHub, **changes: Any
+    ) -> None:
         self.node, self.hub = node, hub
-        self.collector = make_collector(node, timeout_seconds=SOON)
-        self.client = make_hub_client(hub, timeout_seconds=SOON)
+        self.collector = make_collector(node, **changes)
+        self.client = make_hub_client(hub, **changes)
         self.usual = self.cycle()
 
     def cycle(self, place: str = "") -> dict[str, Any]:
@@ -66,10 +67,12 @@ class Agent:
             server.requests.clear()
 
 
-@pytest.fixture(scope="module")
-def lasting_agent() -> Iterator[Agent]:
+@pytest.fixture
+def healthy_agent(fault: faults.Fault) -> Iterator[Agent]:
+    """An agent that has sent a report; it waits only for a fault that is silence."""
+    changes = {"timeout_seconds": SOON_IF_BUSY} if fault.ending == "silence" else {}
     with faults.BreakableNode() as node, faults.BreakableHub() as hub:
-        yield Agent(node, hub)
+        yield Agent(node, hub, **changes)
 
 
 def without_guest(report: dict[str, Any], vmid: int) -> dict[str, Any]:
@@ -85,20 +88,20 @@ def without_guest(report: dict[str, Any], vmid: int) -> dict[str, Any]:
 @pytest.mark.parametrize("place", faults.PLACES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_costs_no_more_than_it_has_to(
-    lasting_agent: Agent, log: pytest.LogCaptureFixture, fault: faults.Fault, place: str
+    healthy_agent: Agent, log: pytest.LogCaptureFixture, fault: faults.Fault, place: str
 ) -> None:
-    node, hub, usual = lasting_agent.node, lasting_agent.hub, lasting_agent.usual
+    node, hub, usual = healthy_agent.node, healthy_agent.hub, healthy_agent.usual
     faults.break_server(node, hub, place, fault)
     error, report = None, {}
     began = time.monotonic()
     try:
-        report = lasting_agent.cycle(place)
+        report = healthy_agent.cycle(place)
     except agent.AgentError as exc:
         error = exc
     took = time.monotonic() - began
     shown = [text for _, text in messages(log)]
     sent = [repr(hub.requests), repr(node.requests)]
-    lasting_agent.repair()
+    healthy_agent.repair()
 
     if fault.harmless:
         assert (error, report) == (None, usual)
@@ -109,16 +112,16 @@ def test_fault_costs_no_more_than_it_has_to(
         assert type(error) is expected, error
         assert getattr(error, "status", 0) == fault.status
         shown.append(str(error))
-    assert took < LONGEST_SECONDS
+    assert took < HANG_SECONDS
     assert [line for line in shown if not line.isprintable() or len(line) > 1000] == []
     everything = [*shown, json.dumps(report), faults.show_error(error) if error else ""]
     assert faults.find_secrets("\n".join(everything)) == []
     assert faults.find_secrets(sent[0], [faults.TOKEN_SECRET]) == []
     assert faults.find_secrets(sent[1], [faults.API_KEY]) == []
 
-    before = lasting_agent.connections
-    assert lasting_agent.cycle() == usual
-    opened = [now - then for now, then in zip(lasting_agent.connections, before, strict=True)]
+    before = healthy_agent.connections
+    assert healthy_agent.cycle() == usual
+    opened = [now - then for now, then in zip(healthy_agent.connections, before, strict=True)]
     assert opened == [1, 1]
 
 
@@ -143,14 +146,14 @@ def traced_memory() -> Iterator[None]:
 @pytest.mark.parametrize(("place", "maximum_mib"), [("status", 20), ("hub", 4)])
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FLOODS])
 def test_flood_takes_little_more_memory_than_the_cap(
-    lasting_agent: Agent, fault: faults.Fault, place: str, maximum_mib: int
+    healthy_agent: Agent, fault: faults.Fault, place: str, maximum_mib: int
 ) -> None:
-    faults.break_server(lasting_agent.node, lasting_agent.hub, place, fault)
+    faults.break_server(healthy_agent.node, healthy_agent.hub, place, fault)
     with traced_memory():
         with pytest.raises(agent.TransportError):
-            lasting_agent.cycle()
+            healthy_agent.cycle()
         peak_bytes = tracemalloc.get_traced_memory()[1]
-    lasting_agent.repair()
+    healthy_agent.repair()
     assert peak_bytes < maximum_mib << 20
 
 

@@ -24,7 +24,16 @@ import pytest
 
 import felhom_agent as agent
 import lab
-from support import SOON, make_collector, make_hub_client, make_report, proxmox_config, raw_server
+from support import (
+    HANG_SECONDS,
+    SOON,
+    SOON_IF_BUSY,
+    make_collector,
+    make_hub_client,
+    make_report,
+    proxmox_config,
+    raw_server,
+)
 
 STATUS: Final = "/nodes/pve1/status"
 REPORT: Final = "/api/v1/host-report"
@@ -56,12 +65,12 @@ Server = Callable[[], contextlib.AbstractContextManager[int]]
 
 
 def slow_server(start: bytes, again: bytes = b"") -> Server:
-    """A server that sends `start` at once and `again` over and over, for a few seconds."""
+    """A server that sends `start` at once and `again` over and over, for ten seconds."""
 
     def talk(connection: socket.socket) -> None:
         connection.recv(65536)
         connection.sendall(start)
-        for _ in range(150):
+        for _ in range(500):
             readable = select.select([connection], [], [], 0.02)[0]
             if readable and not connection.recv(65536):
                 return
@@ -100,7 +109,7 @@ def test_time_limit_covers_every_stage(scheme: str, server: Server, request_to: 
         began = time.monotonic()
         with pytest.raises(agent.TransportError, match=r"timed out; .*timeout_seconds"):
             request_to(url=f"{scheme}://127.0.0.1:{port}", timeout_seconds=SOON)
-        assert SOON * 0.9 < time.monotonic() - began < SOON + 1.5
+        assert SOON * 0.9 < time.monotonic() - began < HANG_SECONDS
 
 
 # An alarm in a finalizer, or in the making of a socket, is Python's own business.
@@ -263,7 +272,7 @@ def test_connection_is_closed_after_a_failure(
     plain_node: lab.SimulatedNode, answer: lab.Answer
 ) -> None:
     plain_node.script(STATUS, lab.Usual(), answer)
-    config = proxmox_config(plain_node, timeout_seconds=SOON)
+    config = proxmox_config(plain_node, timeout_seconds=SOON_IF_BUSY)
     with contextlib.closing(agent.ProxmoxClient(config)) as client:
         client.node_status()
         with pytest.raises(agent.AgentError):
@@ -515,7 +524,7 @@ def test_address_that_does_not_answer_is_followed_by_the_next(
         resolve["pve1.example.lan"] = [address(port)] * 2
         with pytest.raises(agent.TransportError, match="timed out"):
             read_status(node, url=url, timeout_seconds=SOON)
-    assert time.monotonic() - began < 2 * SOON + 2.5
+    assert time.monotonic() - began < HANG_SECONDS
 
 
 @both_clients
@@ -547,4 +556,4 @@ def test_name_server_may_be_slow(
         return look_up(*arguments)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up_slowly)
-    assert read_status(node, url="https://pve1.example.lan", timeout_seconds=3 * SOON)
+    assert read_status(node, url="https://pve1.example.lan", timeout_seconds=10)

@@ -48,7 +48,7 @@ def test_proxy_gets_no_secret(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> 
     received: list[bytes] = []
 
     def talk(connection: socket.socket) -> None:
-        connection.settimeout(3)
+        connection.settimeout(10)
         received.append(connection.recv(65536))
         connection.sendall(reply)
         # After 200 the beginning of a TLS handshake.
@@ -100,7 +100,7 @@ def test_daemon_shows_no_secret_to_anybody(
         for name in ("cmdline", "status", "maps", "comm"):
             assert find_secrets((process / name).read_text("latin-1")) == [], name
         daemon.process.send_signal(signal.SIGTERM)
-        assert daemon.process.wait(3) == 0
+        assert daemon.process.wait(10) == 0
         daemon.receive_status()
     assert len(daemon.notified) > 4
     assert find_secrets("".join(daemon.notified)) == []
