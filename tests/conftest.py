@@ -20,6 +20,8 @@ for name in [name for name in os.environ if name.startswith("FELHOM_AGENT_")]:
         del os.environ[name]
 for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "JOURNAL_STREAM"):
     os.environ.pop(name, None)
+# No test trusts the machine's own CAs, and a client takes 50 ms to read them.
+os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
 
 # The short profile finds the same every time; HYPOTHESIS_PROFILE=long looks further on each run.
 slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
