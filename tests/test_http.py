@@ -385,6 +385,19 @@ def test_certificate_of_an_unknown_ca_is_refused(
     assert_refused(post_report, hub, "certificate", hints[1], ca_file=others[1])
 
 
+def test_without_a_ca_file_the_machines_own_cas_are_trusted(
+    node: lab.SimulatedNode,
+    hub: lab.SimulatedHub,
+    certificates: lab.Certificates,
+    hub_certificates: lab.Certificates,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca_file))
+    assert read_status(node, ca_file="")
+    monkeypatch.setenv("SSL_CERT_FILE", str(hub_certificates.ca_file))
+    assert post_report(hub, ca_file="")
+
+
 @pytest.mark.parametrize(
     "form", [str, lambda text: text.replace(":", "").lower()], ids=["colons", "bare"]
 )
