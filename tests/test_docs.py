@@ -131,10 +131,6 @@ def test_links_lead_somewhere_and_lines_but_tables_fit(page: Path) -> None:
     assert too_long == []
 
 
-def test_readme_is_read_to_its_end() -> None:
-    assert README.count("\n") <= 220
-
-
 def test_every_command_of_the_build_script_exists() -> None:
     usage = subprocess.run(
         [ROOT / "build.sh", "help"], capture_output=True, text=True, timeout=10, check=True
