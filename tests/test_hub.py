@@ -251,13 +251,15 @@ class Tunnel(socketserver.BaseRequestHandler):
             return
         with socket.create_connection(("127.0.0.1", self.server.target_port)) as onward:
             other = {self.request: onward, onward: self.request}
-            while True:
-                for source in select.select(list(other), [], [], 10)[0]:
-                    data = source.recv(65536)
-                    if not data:
-                        return
-                    self.server.passed += data
-                    other[source].sendall(data)
+            # Whoever ends first may reset the connection.
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    for source in select.select(list(other), [], [], 10)[0]:
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        self.server.passed += data
+                        other[source].sendall(data)
 
 
 class Proxy(socketserver.ThreadingTCPServer):
