@@ -27,9 +27,9 @@ from typing import Final
 
 import felhom_agent as agent
 import lab
-from support import LOG, SOON, Prober, make_collector, make_hub_client
+from support import LOG, SOON_IF_BUSY, Prober, make_collector, make_hub_client
 
-LONGEST_SECONDS: Final = (agent.COLLECT_TIMEOUTS + 1) * SOON + 2
+LONGEST_SECONDS: Final = (agent.COLLECT_TIMEOUTS + 1) * SOON_IF_BUSY + 2
 WARM_UP_CYCLES: Final = 100
 # Together with the simulated servers, which are in this process.
 MEMORY_GROWTH_KIB: Final = 32 << 10
@@ -87,8 +87,8 @@ def soak(
 ) -> Iterator[str]:
     """Run cycles until the time is over, and yield each problem."""
     prober, extras = Prober(), ("qemu", "storage", "backups")
-    collector = make_collector(node, prober, timeout_seconds=SOON, extras=extras)
-    client = make_hub_client(hub, timeout_seconds=SOON)
+    collector = make_collector(node, prober, timeout_seconds=SOON_IF_BUSY, extras=extras)
+    client = make_hub_client(hub, timeout_seconds=SOON_IF_BUSY)
     loop = agent.Loop(collector, client, 900, logger=LOG, wait=lambda _: None)
     end, failed = time.monotonic() + seconds, 0
     # For each cycle the most memory so far, in KiB.

@@ -24,7 +24,7 @@ LOG: Final = logging.getLogger("tests")
 MODULE: Final = Path(agent.__file__)
 # How long a client waits in a test for a server that never answers; the configuration takes whole
 # seconds, a client any.  If others do answer in that test, they need the limit of a busy machine.
-SOON: Final[Any] = 0.4
+SOON: Final[Any] = 0.2
 SOON_IF_BUSY: Final = 1
 # What ends in time has ended before this, on a busy machine too; what hangs goes on for longer.
 HANG_SECONDS: Final = 5.0

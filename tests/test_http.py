@@ -122,7 +122,7 @@ alarm_anywhere = pytest.mark.filterwarnings(
 def test_alarm_is_not_lost_between_chunks(plain_hub: lab.SimulatedHub) -> None:
     """Python 3.12 and 3.13 do not handle what a signal raises at the end of some loops in a try."""
     plain_hub.script("", lab.Forever(lab.Raw(CHUNKED + b"1\r\n \r\n" * 20_000)))
-    client, report = make_hub_client(plain_hub, timeout_seconds=SOON / 100), make_report()
+    client, report = make_hub_client(plain_hub, timeout_seconds=SOON / 50), make_report()
     for _ in range(100):
         with pytest.raises(agent.TransportError):
             client.report(report)
