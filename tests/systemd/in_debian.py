@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import time
 import zipfile
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lab
+from booted import follow, list_files, read_lines, run, run_checks
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -103,39 +103,6 @@ def probe_units() -> dict[str, str]:
 # --- outside -------------------------------------------------------------------------------------
 
 
-def run(*command: str | Path, check: bool = True) -> str:
-    """Return what a command prints, standard error included."""
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    line = " ".join(map(str, command))
-    assert not check or done.returncode == 0, f"{line}: {done.returncode}: {done.stdout}"
-    return done.stdout.strip()
-
-
-def read_lines(page: Path, heading: str, language: str) -> str:
-    """Return the lines in a language below a heading of a page, up to the next heading.
-
-    A line with one # may be a comment, so the page's own title does not count.
-    """
-    sections = re.split(r"^##+ (.+)\n", page.read_text("utf-8"), flags=re.MULTILINE)
-    section = dict(zip(sections[1::2], sections[2::2], strict=True))[heading]
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    assert blocks, f"{page.name} has no {language} below {heading}"
-    return "".join(blocks)
-
-
-def follow(page: Path, heading: str) -> str:
-    """Run the shell lines below a heading as an administrator pastes them, in a terminal."""
-    (HERE / "pasted").write_text("set -eu\n" + read_lines(page, heading, "sh"))
-    return run("script", "-qec", "bash pasted", "/dev/null")
-
-
 def show(name: str) -> str:
     return run("systemctl", "show", "--value", "-p", name, "felhom-agent")
 
@@ -191,16 +158,6 @@ def write_next_version(source: Path, target: Path) -> None:
                 if item.filename == "environment.json":
                     text = json.dumps({**json.loads(text), "build_id": "next"}).encode()
                 new.writestr(item, re.sub(rb"(?m)^(__version__.*) = .*", rb'\1 = "next"', text))
-
-
-def list_files() -> set[str]:
-    """Return every path, without the kernel's file systems, systemd's own files and the tests'."""
-    skipped = {"/proc", "/sys", "/dev", "/lab", "/run/systemd", "/var/lib/systemd", "/var/log"}
-    paths = set()
-    for folder, folders, files in os.walk("/"):
-        folders[:] = [name for name in folders if os.path.join(folder, name) not in skipped]
-        paths |= {os.path.join(folder, name) for name in (*folders, *files)}
-    return paths
 
 
 class Checks:
@@ -509,7 +466,6 @@ def fill_in() -> None:
 
 
 def main() -> int:
-    failed = []
     certificates = lab.make_certificates(HERE / "node")
     hub_certificates = lab.make_certificates(HERE / "hub", generation="current")
     node = lab.SimulatedNode(certificates, name=socket.gethostname())
@@ -518,20 +474,11 @@ def main() -> int:
     print(re.findall('PRETTY_NAME="(.*)"', release)[0], flush=True)
     with node, lab.SimulatedHub(hub_certificates) as hub:
         prepare(node, hub)
-        checks = Checks(node, hub)
-        names = [name for name in vars(Checks) if name.startswith("test_")]
-        for name in names:
-            try:
-                getattr(checks, name)()
-                print(f"ok     {name}", flush=True)
-            except Exception as exc:
-                failed.append(name)
-                print(f"FAILED {name}: {type(exc).__name__}: {exc}", flush=True)
-    if failed:
-        units = ("-u", "felhom-agent", "-u", "probe")
-        print(run("journalctl", *units, "-o", "short-monotonic", check=False))
-    print(f"{len(names) - len(failed)} passed, {len(failed)} failed")
-    return 1 if failed else 0
+        passed = run_checks(Checks(node, hub))
+    if passed:
+        return 0
+    print(run("journalctl", "-u", "felhom-agent", "-u", "probe", "-o", "short-monotonic"))
+    return 1
 
 
 if __name__ == "__main__":
