@@ -131,6 +131,16 @@ def test_links_lead_somewhere_and_lines_but_tables_fit(page: Path) -> None:
     assert too_long == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_lines_parse(page: Path) -> None:
+    blocks = re.findall(r"(?ms)^ *```sh\n(.*?)^ *```$", page.read_text("utf-8"))
+    for block in blocks:
+        done = subprocess.run(
+            ["sh", "-n"], input=block, capture_output=True, text=True, timeout=10, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, ""), block
+
+
 def test_every_command_of_the_build_script_exists() -> None:
     usage = subprocess.run(
         [ROOT / "build.sh", "help"], capture_output=True, text=True, timeout=10, check=True

@@ -120,6 +120,22 @@ def test_body_sizes_are_about_what_the_page_says(count: int) -> None:
 def test_the_page_uses_options_that_the_example_has() -> None:
     command = [sys.executable, example.__file__, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    calls = [*re.findall(r"(?:hub.py|felhom-hub) (--.*)", PAGE), "--interval", "--on-change"]
-    options = {option for call in calls for option in re.findall(r"--[a-z-]+", call)}
-    assert {"--keys", "--database"} < options <= set(re.findall(r"--[a-z-]+", shown))
+    calls = re.findall(r"felhom-hub (?:\$HUB )?(--.*)|HUB=(--.*)\"|\(`(--[a-z-]+)`", PAGE)
+    options = set(re.findall(r"--[a-z-]+", str(calls)))
+    expected = {"--keys", "--database", "--on-change", "--test-alarm", "--mute", "--tolerance"}
+    assert expected < options <= set(re.findall(r"--[a-z-]+", shown))
+
+
+def test_the_page_says_when_a_host_is_overdue() -> None:
+    assert f"{example.TOLERANCE_SECONDS} s more (`--tolerance`" in PAGE
+    assert f"[why {example.TOLERANCE_SECONDS}](#a-missed-heartbeat)" in PAGE
+
+
+def test_the_unit_runs_the_command_that_the_page_tells_to_save() -> None:
+    [unit] = re.findall(r"```ini\n(.*?)```", PAGE, re.DOTALL)
+    [command] = re.findall(r"--on-change (\S+)\"$", unit, re.MULTILINE)
+    assert PAGE.count(f"save this as `{command}`") == 2
+    assert re.findall(r"^Exec.*$", unit, re.MULTILINE) == [
+        "ExecStart=/usr/local/bin/felhom-hub $HUB",
+        "ExecReload=/usr/local/bin/felhom-hub $HUB --test-alarm",
+    ]
