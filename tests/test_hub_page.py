@@ -139,3 +139,9 @@ def test_the_unit_runs_the_command_that_the_page_tells_to_save() -> None:
         "ExecStart=/usr/local/bin/felhom-hub $HUB",
         "ExecReload=/usr/local/bin/felhom-hub $HUB --test-alarm",
     ]
+
+
+def test_the_rules_watch_the_job_that_the_page_tells_to_scrape() -> None:
+    rules = (DOCS.parent / "examples" / "prometheus-rules.yml").read_text("utf-8")
+    [job] = re.findall(r"job_name: (\S+)", PAGE)
+    assert set(re.findall(r'job="(\w+)"', rules)) == {job}
