@@ -23,6 +23,7 @@ PAGE: Final = (DOCS / "hub.md").read_text("utf-8")
 STRICT: Final = json.loads((DOCS / "host-report.schema.json").read_text("utf-8"))
 LENIENT_PATH: Final = DOCS / "host-report-lenient.schema.json"
 LENIENT: Final = json.loads(LENIENT_PATH.read_text("utf-8"))
+EXAMPLE: Final = json.loads((DOCS / "host-report.example.json").read_text("utf-8"))
 
 
 def problems(schema: Any, report: object) -> list[str]:
@@ -46,6 +47,36 @@ def make_backups(count: int) -> list[dict[str, Any]]:
     empty = {"size_bytes": None, "verified": None}
     vmids = range(100, 100 + count)
     return [{"vmid": vmid, "volid": volume.format(vmid), **backup, **empty} for vmid in vmids]
+
+
+def add_all_extras(document: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return a report with this many guests, one backup of each, two storages and some tasks."""
+    details = {
+        "template": False,
+        "onboot": True,
+        "lock": None,
+        "tags": ["production"],
+        "ha_state": None,
+        "uptime_seconds": 1036728,
+        "cpu_usage": 0.0042,
+        "memory_used_bytes": 301989888,
+    }
+    storage = {
+        "storage": "backup-nas",
+        "type": "nfs",
+        "status": "available",
+        "total_bytes": 3936818397184,
+        "used_bytes": 3582504742912,
+    }
+    time = "2026-06-08T00:03:40Z"
+    task = {"at": time, "actor": "root@pam", "operation": "vzdump 100", "result": "OK"}
+    return {
+        **document,
+        "guests": [{**guest, **details} for guest in make_guests(count)],
+        "storage_targets": [storage, storage],
+        "backups": [{**backup, "type": "lxc"} for backup in make_backups(count)],
+        "audit_tail": [task] * min(count, 50),
+    }
 
 
 # ---- schemas -------------------------------------------------------------------------------------
@@ -112,7 +143,7 @@ def test_the_page_names_the_limits_of_agent_and_example() -> None:
 def test_body_sizes_are_about_what_the_page_says(count: int) -> None:
     [row] = re.findall(rf"^ *\| {count:,} \| ([\d.]+) kB \| ([\d.]+) kB \|$", PAGE, re.MULTILINE)
     plain = make_document(guests=make_guests(count))
-    for said, report in zip(row, (plain, {**plain, "backups": make_backups(count)}), strict=True):
+    for said, report in zip(row, (plain, add_all_extras(plain, count)), strict=True):
         size = len(json.dumps(report, separators=(",", ":")))
         assert size == pytest.approx(1000 * float(said), rel=0.15)
 
@@ -145,3 +176,20 @@ def test_the_rules_watch_the_job_that_the_page_tells_to_scrape() -> None:
     rules = (DOCS.parent / "examples" / "prometheus-rules.yml").read_text("utf-8")
     [job] = re.findall(r"job_name: (\S+)", PAGE)
     assert set(re.findall(r'job="(\w+)"', rules)) == {job}
+
+
+# ---- example report ------------------------------------------------------------------------------
+
+
+def test_the_example_report_has_every_field_of_the_table_of_extras() -> None:
+    table = PAGE.partition("| extra | field | good for |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[2] for row in table.splitlines()[2:]]
+    fields = {field for cell in cells for field in re.findall(r"`(\w+)`", cell)} - {"qemu"}
+    found = {*EXAMPLE, *(name for guest in EXAMPLE["guests"] for name in guest)}
+    assert fields <= found
+    assert {guest["type"] for guest in EXAMPLE["guests"]} == {"lxc", "qemu"}
+    assert all(EXAMPLE[name] for name in ("storage_targets", "backups", "audit_tail"))
+
+
+def test_the_lenient_schema_takes_the_example_report() -> None:
+    assert problems(LENIENT, EXAMPLE) == []
