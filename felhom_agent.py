@@ -6,8 +6,8 @@ heartbeat: if it stops, the hub raises the alarm.
 
 The agent changes nothing, writes no file, follows no redirect, and runs no command but
 `systemctl is-active UNIT`.  The token secret goes only to Proxmox, the API key only to the hub;
-both are masked in all output.  The hub can only change the interval (60 to 3600 seconds) and, with
-Retry-After, the wait after a failure (at most two hours).
+both are masked in every message.  The hub can only change the interval (60 to 3600 seconds) and,
+with Retry-After, lengthen the wait after a failure (to at most two hours).
 
 Each section uses only those above it.  `Loop.cycle` is one heartbeat: `Collector.collect` builds
 the report, `HubClient.report` sends it.
@@ -16,18 +16,18 @@ the report, `HubClient.report` sends it.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import http.client
+import ipaddress
 import json
 import logging
 import math
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import ssl
@@ -37,8 +37,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 __version__: Final = "0.3.0"
@@ -47,19 +47,39 @@ MIN_POLL_SECONDS: Final = 60
 MAX_POLL_SECONDS: Final = 3600
 FIRST_RETRY_SECONDS: Final = 15
 SYSTEMCTL_SECONDS: Final = 5
-# A collect may take this many times proxmox.timeout_seconds.
-COLLECT_TIMEOUTS: Final = 6
-# pvestatd refreshes /cluster/resources every 10 s; an older list is treated as unknown.
-MAX_LIST_AGE_SECONDS: Final = 60
-# For name lookups, which Python cannot interrupt; see resolv.conf(5).
-DNS_SECONDS: Final = 120
+# One address of a server has this long to connect.
+CONNECT_SECONDS: Final = 5
+# All requests of a collect together have this many times proxmox.timeout_seconds.
+COLLECT_TIMEOUT_FACTOR: Final = 6
+# pvestatd refreshes /cluster/resources every 10 s.  If a NAS is off, a round takes up to 85 s.
+MAX_LIST_AGE_SECONDS: Final = 120
+# A storage is asked for its backups only if pvestatd has just found it available.
+MAX_STORAGE_AGE_SECONDS: Final = 30
+STORAGE_PAUSE_SECONDS: Final = 86400
+# After a boot, pvestatd's first round may take this long.
+BOOT_SECONDS: Final = 300
+TASK_SECONDS: Final = 86400
+MAX_TASKS: Final = 50
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 REPORT_PATH: Final = "/api/v1/host-report"
+
+# What proxmox.extras may name.  A further extra takes a line here, a class or fields in "wire
+# contract", a call in "Proxmox client", a function that builds its part, and a line in
+# Collector.collect.
+EXTRAS: Final[Mapping[str, str]] = {
+    "qemu": "virtual machines, too, among the guests",
+    "storage": "the node's storages and how full they are",
+    "backups": "the newest backup of each guest on each storage; includes storage",
+    "details": "what each guest is meant to be, and what it uses",
+    "tasks": "the node's tasks of the last 24 hours, and how they ended",
+}
 
 LOG: Final = logging.getLogger("felhom-agent")
 
 T = TypeVar("T")
-Entries: TypeAlias = Sequence[dict[str, object]]
+Check: TypeAlias = Callable[[Any], bool]
+# Objects in a list that Proxmox sent
+Entries: TypeAlias = Sequence[Mapping[str, object]]
 
 
 # ---- errors and logging --------------------------------------------------------------------------
@@ -77,6 +97,10 @@ class TransportError(AgentError):
     """The server sent no usable response."""
 
 
+class RequestTimeout(TransportError):
+    """The server did not respond in time."""
+
+
 class HTTPError(AgentError):
     """The server answered with an error status; `retry_after` is in seconds."""
 
@@ -86,126 +110,211 @@ class HTTPError(AgentError):
         self.retry_after = retry_after
 
 
-# The token secret and the API key, by section of the configuration; the clients set them.
-SECRETS: Final[dict[str, str]] = {}
+# The token secret and the API key, once they are known
+SECRETS: Final[set[str]] = set()
 
 
 def sanitize(text: str, max_length: int = 300) -> str:
     """Return `text` as one printable line with the secrets masked."""
-    for secret in sorted(filter(None, SECRETS.values()), key=len, reverse=True):
-        encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
-        text = text.replace(secret, "***").replace(encoded, "***")
+    # The longest first, because one secret may be a part of the other.
+    for secret in sorted(SECRETS, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    # What is not printable could forge a line, or drive a terminal.
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     if len(text) > max_length:
-        text = text[:max_length] + "…"
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+        text = text[: max_length - 1] + "…"
+    return text
+
+
+def plural(number: int, noun: str) -> str:
+    """Return "1 guest" or "2 guests"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
+
+
+def is_not_http(exc: BaseException) -> bool:
+    """Return whether a response began with something other than the status line of HTTP/1."""
+    if isinstance(exc, http.client.RemoteDisconnected):
+        # It is a BadStatusLine, too, but there was no response at all.
+        return False
+    return isinstance(exc, http.client.BadStatusLine | http.client.UnknownProtocol)
 
 
 def describe(exc: BaseException) -> str:
     """Return what happened, without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)"."""
+    if is_not_http(exc):
+        return f"it does not answer in HTTP/1.1 ({sanitize(str(exc), 40)})"
     text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-    return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text)
+    text = re.sub(r"^\[[^]]*\] ", "", text)
+    return re.sub(r" \(_ssl\.c:[0-9]+\)$", "", text)
 
 
-def failure_message(exc: Exception) -> str:
-    is_bug = not isinstance(exc, AgentError)
-    return f"bug in the agent, please report it: {type(exc).__name__}" if is_bug else str(exc)
+def describe_failure(exc: Exception) -> str:
+    """Return an error's message; of a bug only its type, since its message may quote anything."""
+    if isinstance(exc, AgentError):
+        return str(exc)
+    return f"bug in the agent, please report it: {type(exc).__name__}"
 
 
 class LogFormatter(logging.Formatter):
-    """Masks secrets and control characters, adds the priority for the journal (sd-daemon(3))."""
+    """Formats a record as sanitized lines, for the journal or for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
+        # A traceback has several lines.
         lines = [sanitize(line, 2000) for line in super().format(record).split("\n")]
-        if "JOURNAL_STREAM" not in os.environ:
-            return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines)
-        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
-        return f"<{priority}>" + f"\n<{priority}>    ".join(lines)
+        # systemd sets this if the journal reads standard error.  sd-daemon(3) explains the prefix.
+        if "JOURNAL_STREAM" in os.environ:
+            priorities = {"DEBUG": 7, "INFO": 6, "WARNING": 4}
+            prefix = f"<{priorities.get(record.levelname, 3)}>"
+            return prefix + f"\n{prefix}    ".join(lines)
+        return f"{self.formatTime(record)} {record.levelname} " + "\n    ".join(lines)
 
 
-@dataclass
 class WarnOnce:
     """Logs a problem when it starts or changes, and once more when it is over."""
 
-    logger: logging.Logger
-    current: dict[str, str] = field(default_factory=dict)
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._problems: dict[str, str] = {}
 
-    def problem(self, topic: str, message: str, *, traceback: bool = False) -> None:
-        """Log a warning, or at debug level while the message stays the same; "" is no problem."""
-        if message:
-            is_new = self.current.get(topic) != message
-            self.current[topic] = message
-            level = logging.WARNING if is_new else logging.DEBUG
-            self.logger.log(level, "%s", message, exc_info=traceback and is_new)
+    def update(self, topic: str, problem: str, *, traceback: bool = False) -> None:
+        """Log a topic's problem; an empty string says that there is none."""
+        if not problem:
+            self.resolve(topic)
+        elif problem == self._problems.get(topic):
+            self._logger.debug("%s", problem)
         else:
-            self.resolved(topic)
+            self._problems[topic] = problem
+            self._logger.warning("%s", problem, exc_info=traceback)
 
-    def resolved(self, topic: str, detail: str = "") -> None:
-        if self.current.pop(topic, None):
-            self.logger.info("%s: problem resolved%s", topic, detail)
+    def resolve(self, topic: str, detail: str = "") -> None:
+        """Log that a topic's problem is over, if there was one."""
+        if topic in self._problems:
+            del self._problems[topic]
+            self._logger.info("%s: problem resolved%s", topic, detail)
 
 
 # ---- configuration -------------------------------------------------------------------------------
 
 
-def clamp_poll(seconds: int) -> int:
-    return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
+def setting(
+    default: Any, expected: str, is_valid: Check, *, required: bool = False, secret: bool = False
+) -> Any:
+    """Return a field of the configuration with its rule.
+
+    The rule is what a value must be, in words and as a check; whether there must be one, that is
+    not empty; and whether it is masked.  The default may be a function.
+    """
+    rule = {"expected": expected, "is_valid": is_valid, "required": required, "secret": secret}
+    if callable(default):
+        return field(default_factory=default, metadata=rule)
+    return field(default=default, metadata=rule, repr=not secret)
+
+
+def matches(pattern: str) -> Check:
+    """Return a function that checks whether a pattern describes the whole of a text."""
+    return lambda text: re.fullmatch(pattern, text, re.ASCII) is not None
+
+
+def is_base_url(url: str) -> bool:
+    """Return whether a URL consists of http or https, host, port and path alone."""
+    # urlsplit drops tabs and line feeds, and takes almost anything for a host.  "%" in a host is
+    # read differently by different programs.
+    host, path = r"([\w.-]+|\[[\w:.]+\])", r"(/[\w.~!$&'()*+,;=:/-]*)?"
+    if not re.fullmatch(f"https?://{host}(:[0-9]+)?{path}", url, re.ASCII):
+        return False
+    try:
+        # Raises ValueError for an IPv6 address or a port that is none.
+        return urllib.parse.urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
+def is_root_url(url: str) -> bool:
+    return is_base_url(url) and urllib.parse.urlsplit(url).path in ("", "/")
+
+
+def is_loopback(host: str | None) -> bool:
+    """Return whether what is sent to a host stays on this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def short_hostname() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+def is_timeout(seconds: int) -> bool:
+    return 1 <= seconds <= 300
+
+
+def are_extras(words: Sequence[str]) -> bool:
+    return all(word in EXTRAS for word in words)
+
+
+is_node_name: Final = matches("[A-Za-z0-9-]+")
+# A user's name may hold any printable ASCII but slash and colon.
+is_token_id: Final = matches(r"[!-.0-9;-~]+@[\w.-]+![\w.-]+")
+is_printable: Final = matches("[!-~]+")
+is_absolute_path: Final = matches(r"/[^\x00]*")
+is_sha256: Final = matches("([0-9A-Fa-f]{2}:?){32}")
+is_host_id: Final = matches(r"\S(.{0,253}\S)?")
+# systemctl would take a leading dash for an option.
+is_unit_name: Final = matches(r"[\w:.@\\][\w:.@\\-]{0,254}")
+
+# Words that two settings share
+HIDDEN: Final = "printable ASCII without spaces (not shown)"
+TIMEOUT: Final = "an integer from 1 to 300"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxmoxConfig:
     """The Proxmox API; `timeout_seconds` limits each request."""
 
-    url: str = "https://127.0.0.1:8006"
-    node: str = field(default_factory=lambda: socket.gethostname().partition(".")[0])
-    token_id: str = ""
-    token_secret: str = field(default="", repr=False)
-    ca_file: str = ""
-    fingerprint: str = ""
-    timeout_seconds: int = 10
-    extras: tuple[str, ...] = ()
+    url: str = setting("https://127.0.0.1:8006", "https://host[:port]", is_root_url)
+    node: str = setting(short_hostname, "the node's short name, without a domain", is_node_name)
+    token_id: str = setting("", "user@realm!tokenname in ASCII", is_token_id, required=True)
+    token_secret: str = setting("", HIDDEN, is_printable, required=True, secret=True)
+    ca_file: str = setting("", "an absolute path", is_absolute_path)
+    fingerprint: str = setting("", "a SHA-256, 64 hexadecimal digits", is_sha256)
+    timeout_seconds: int = setting(10, TIMEOUT, is_timeout)
+    extras: tuple[str, ...] = setting((), f"a list of {', '.join(EXTRAS)}", are_extras)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubConfig:
-    url: str = ""
-    host_id: str = ""
-    api_key: str = field(default="", repr=False)
-    poll_seconds: int = 900
-    timeout_seconds: int = 30
-    ca_file: str = ""
+    """The hub; `timeout_seconds` limits the whole POST."""
+
+    url: str = setting(
+        "",
+        "https://host[:port][/path] in ASCII (xn--…), without user, query, fragment or %",
+        is_base_url,
+        required=True,
+    )
+    host_id: str = setting(
+        "", "1 to 255 characters, without spaces at the ends", is_host_id, required=True
+    )
+    api_key: str = setting("", HIDDEN, is_printable, required=True, secret=True)
+    # Any integer is accepted and then limited, see load_config.
+    poll_seconds: int = setting(900, "an integer", lambda seconds: True)
+    timeout_seconds: int = setting(30, TIMEOUT, is_timeout)
+    ca_file: str = setting("", "an absolute path", is_absolute_path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloudflaredConfig:
-    unit: str = "cloudflared.service"
+    unit: str = setting("cloudflared.service", "the name of a systemd unit", is_unit_name)
 
 
-PORT: Final = r"(:([1-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]))?"
-PATH: Final = r"(/[\w.~!$&'()*+,;=:/-]*)?"
-HOST: Final = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
-LOOPBACK: Final = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
-URL: Final = f"(https://{HOST}|http://{LOOPBACK})"
-SECRET_FORM: Final = (r"[!-~]+", "printable ASCII without spaces (not shown)")
-ABSOLUTE_FORM: Final = (r"(/[^\x00]*)?", "an absolute path")
-TIMEOUT_FORM: Final = (r"[1-9][0-9]?|[12][0-9]{2}|300", "an integer from 1 to 300")
-# Each value's pattern and description.  No value is shown: it may be a misplaced secret.
-FORMS: Final = {
-    "proxmox.url": (f"{URL}{PORT}/?", "https://host[:port]"),
-    "proxmox.node": (r"[A-Za-z0-9-]+", "the node's short name, without a domain"),
-    "proxmox.token_id": (r"[!-.0-9;-~]+@[\w.-]+![\w.-]+", "user@realm!tokenname"),
-    "proxmox.token_secret": SECRET_FORM,
-    "proxmox.ca_file": ABSOLUTE_FORM,
-    "proxmox.fingerprint": (r"(([0-9A-Fa-f]{2}:?){32})?", "a SHA-256, 64 hexadecimal digits"),
-    "proxmox.timeout_seconds": TIMEOUT_FORM,
-    "proxmox.extras": (r"((qemu|storage|backups)(\n|$))*", "a list of qemu, storage, backups"),
-    "hub.url": (URL + PORT + PATH, "https://host[:port][/path] in ASCII (xn--…)"),
-    "hub.host_id": (r"\S(.{0,253}\S)?", "1 to 255 characters, without spaces at the ends"),
-    "hub.api_key": SECRET_FORM,
-    "hub.poll_seconds": (r"-?[0-9]+", "an integer"),
-    "hub.timeout_seconds": TIMEOUT_FORM,
-    "hub.ca_file": ABSOLUTE_FORM,
-    # No leading dash: systemctl would take it for an option.
-    "cloudflared.unit": (r"[\w:.@\\][\w:.@\\-]{0,254}", "the name of a systemd unit"),
+SECTIONS: Final[Mapping[str, type[Any]]] = {
+    "proxmox": ProxmoxConfig,
+    "hub": HubConfig,
+    "cloudflared": CloudflaredConfig,
 }
 
 
@@ -220,106 +329,191 @@ class Config:
 
     def validate(self, *, hub: bool = True) -> None:
         """Raise ConfigError with every problem, the hub section's only if `hub`."""
-        keys = [key for key in self.problems if hub or not key.startswith("hub")]
+        keys = list(self.problems)
+        if not hub:
+            keys = [key for key in keys if key.partition(".")[0] != "hub"]
         if keys:
             raise ConfigError("\n".join(f"config: {key}: {self.problems[key]}" for key in keys))
 
     def redacted(self) -> dict[str, Any]:
-        sections = dataclasses.asdict(self)
-        del sections["problems"]
-        for section, key in (("proxmox", "token_secret"), ("hub", "api_key")):
-            sections[section][key] = "***" if sections[section][key] else ""
+        """Return the sections with "***" for each secret that is set."""
+        sections = {}
+        for name in SECTIONS:
+            sections[name] = dataclasses.asdict(getattr(self, name))
+            for item in dataclasses.fields(SECTIONS[name]):
+                if item.metadata["secret"] and sections[name][item.name]:
+                    sections[name][item.name] = "***"
         return sections
-
-
-def find_credential(environ: Mapping[str, str], name: str) -> str:
-    """Return the path of a systemd credential, or an empty string."""
-    path = os.path.join(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", name)
-    return path if name and os.path.exists(path) else ""
 
 
 def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
     """Read the JSON file; FELHOM_AGENT_<SECTION>_<KEY> variables override it.
 
     The file is `path`, else $FELHOM_AGENT_CONFIG, else the systemd credential agent.json, else
-    DEFAULT_PATH, which may be missing.  Raises ConfigError.
+    DEFAULT_PATH, which may be missing.  Raises ConfigError if the file cannot be read; what is
+    wrong with its values is left to Config.validate.
     """
     credential = find_credential(environ, "agent.json")
-    named = path or environ.get("FELHOM_AGENT_CONFIG") or credential
-    path = named or DEFAULT_PATH
-    shown = f"config: {sanitize(path)}"
-    document: object = {}
+    requested = path or environ.get("FELHOM_AGENT_CONFIG") or credential
+    path = requested or DEFAULT_PATH
+    document = read_config_file(path, may_be_missing=not requested)
+
+    # Before anything is logged
+    for secret in find_secrets(document, environ):
+        if isinstance(secret, str) and secret:
+            SECRETS.add(secret)
+    if path != credential:
+        check_config_file(path)
+
+    problems: dict[str, str] = {}
+    for name, values in document.items():
+        # authz is reserved for signed operations, and not read.
+        if name not in (*SECTIONS, "authz"):
+            LOG.warning("config: unknown key %s is ignored", sanitize(name))
+        elif not isinstance(values, dict):
+            problems[name] = "must be an object"
+
+    sections = {}
+    for name in SECTIONS:
+        sections[name] = load_section(name, document, environ, problems)
+    proxmox, hub = sections["proxmox"], sections["hub"]
+    for key, url in (("proxmox.url", proxmox.url), ("hub.url", hub.url)):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
+            problems[key] = f"must be https, got http://{parts.netloc}"
+
+    poll_seconds = clamp_poll(hub.poll_seconds)
+    if poll_seconds != hub.poll_seconds:
+        LOG.warning("config: hub.poll_seconds: must be from 60 to 3600, using %d", poll_seconds)
+        sections["hub"] = dataclasses.replace(hub, poll_seconds=poll_seconds)
+    return Config(**sections, problems=problems)
+
+
+def read_config_file(path: str, *, may_be_missing: bool) -> dict[str, Any]:
+    """Return the file's JSON object, empty if it may be missing.  Raises ConfigError."""
+    subject = f"config: {sanitize(path)}"
     try:
         with open(path, encoding="utf-8-sig") as file:
-            if os.fstat(file.fileno()).st_mode & 0o044 and path != credential:
-                LOG.warning("%s: others can read it; run: chmod 600 %s", shown, sanitize(path))
             document = json.load(file)
     except FileNotFoundError:
-        if named:
-            hint = "see felhom-agent.pyz --print=config"
-            raise ConfigError(f"{shown}: no such file; {hint}") from None
-        LOG.info("%s: no such file, using only the environment", shown)
+        if may_be_missing:
+            return {}
+        hint = "see felhom-agent.pyz --print=config"
+        raise ConfigError(f"{subject}: no such file; {hint}") from None
+    except PermissionError as exc:
+        raise ConfigError(f"{subject}: {describe(exc)}; run this as root") from None
     except (OSError, ValueError, RecursionError) as exc:
-        # json gives line and column, and quotes no content.
-        raise ConfigError(f"{shown}: {describe(exc)}") from None
+        # json says line and column, and quotes nothing.
+        raise ConfigError(f"{subject}: {describe(exc)}") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"{shown}: must be a JSON object")
-    problems: dict[str, str] = {}
-    for section, values in document.items():
-        # authz is reserved for signed operations.
-        if section not in ("proxmox", "hub", "cloudflared", "authz"):
-            LOG.warning("config: unknown key %s is ignored", sanitize(section))
-        elif not isinstance(values, dict):
-            problems[section] = "must be an object"
-            document[section] = {}
-    proxmox = load_section(ProxmoxConfig(), "proxmox", document, environ, problems)
-    hub = load_section(HubConfig(), "hub", document, environ, problems)
-    cloudflared = load_section(CloudflaredConfig(), "cloudflared", document, environ, problems)
-    seconds = clamp_poll(hub.poll_seconds)
-    if seconds != hub.poll_seconds:
-        LOG.warning("config: hub.poll_seconds: must be from 60 to 3600, using %d", seconds)
-        hub = dataclasses.replace(hub, poll_seconds=seconds)
-    return Config(proxmox=proxmox, hub=hub, cloudflared=cloudflared, problems=problems)
+        raise ConfigError(f"{subject}: must be a JSON object")
+    return document
+
+
+def find_secrets(document: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[object]:
+    """Yield the values of the settings that are secret, valid or not, in file and environment."""
+    for name, section in SECTIONS.items():
+        in_file = document.get(name)
+        for item in dataclasses.fields(section):
+            if item.metadata["secret"]:
+                yield environ.get(variable_name(name, item.name))
+                if isinstance(in_file, dict):
+                    yield in_file.get(item.name)
+
+
+def check_config_file(path: str) -> None:
+    """Log if the file is missing, or if others can read the secrets in it."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        LOG.info("config: %s: no such file, using only the environment", sanitize(path))
+        return
+    if mode & 0o044:
+        text = "config: %s: others can read it; run: chmod 600 %s"
+        LOG.warning(text, sanitize(path), sanitize(shlex.quote(path)))
 
 
 def load_section(
-    defaults: Any,
-    section: str,
-    document: Mapping[str, Any],
-    environ: Mapping[str, str],
-    problems: dict[str, str],
+    section: str, document: Mapping[str, Any], environ: Mapping[str, str], problems: dict[str, str]
 ) -> Any:
-    """Return `defaults` with the values from file and environment."""
-    values: dict[str, Any] = dataclasses.asdict(defaults)
-    given = document.get(section, {})
-    for name in given.keys() - values.keys():
-        LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
-    for name, default in values.items():
-        key, expected_type = f"{section}.{name}", type(default)
-        value = default if given.get(name, "") == "" else given[name]
-        variable = f"FELHOM_AGENT_{section}_{name}".upper()
-        if override := environ.get(variable, ""):
-            try:
-                value = override.split(",") if expected_type is tuple else expected_type(override)
-            except ValueError:
-                LOG.warning("config: %s is not an integer and is ignored", variable)
-        if isinstance(value, list):
-            value = tuple(str(word).strip() for word in value)
-        # Not isinstance: True is an int.
-        is_typed = type(value) is expected_type
-        values[name] = value if is_typed else default
-        pattern, expected = FORMS[key]
-        text = "\n".join(value) if isinstance(value, tuple) else str(value)
-        if not is_typed or not re.fullmatch(pattern, text, re.ASCII):
-            problems[key] = f"must be {expected}" if text or not is_typed else "is required"
-            # Not more of it: a secret may be in the path.
-            insecure = re.fullmatch(f"(http://{HOST}{PORT}){PATH}", text, re.ASCII)
-            if name == "url" and insecure:
-                problems[key] = f"must be https, got {insecure[1]}"
-        if name == "ca_file":
-            # The sandboxed service cannot see /etc/pve; systemd passes it a copy.
-            values[name] = find_credential(environ, os.path.basename(values[name])) or values[name]
+    """Return a section of the configuration; `problems` gets what is wrong with its values."""
+    defaults = SECTIONS[section]()
+    in_file = document.get(section)
+    if not isinstance(in_file, dict):
+        in_file = {}
+
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(defaults):
+        default = getattr(defaults, item.name)
+        override = variable_name(section, item.name)
+        value = choose_value(override, default, in_file.get(item.name, ""), environ)
+        problem = find_problem(item.metadata, type(default), value)
+        if problem:
+            problems[f"{section}.{item.name}"] = problem
+        else:
+            values[item.name] = value
+    for name in in_file:
+        if not hasattr(defaults, name):
+            LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
+
+    if "ca_file" in values:
+        # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA.
+        credential = find_credential(environ, os.path.basename(values["ca_file"]))
+        values["ca_file"] = credential or values["ca_file"]
     return dataclasses.replace(defaults, **values)
+
+
+def variable_name(section: str, name: str) -> str:
+    """Return the name of a setting's environment variable."""
+    return f"FELHOM_AGENT_{section}_{name}".upper()
+
+
+def choose_value(
+    variable: str, default: object, in_file: object, environ: Mapping[str, str]
+) -> object:
+    """Return a setting's value: from the environment, else from the file, else the default."""
+    text = environ.get(variable, "")
+    if text and isinstance(default, str):
+        return text
+    if text and isinstance(default, tuple):
+        return tuple(word.strip() for word in text.split(","))
+    if text:
+        try:
+            return int(text)
+        except ValueError:
+            LOG.warning("config: %s is not an integer and is ignored", variable)
+    # As in the example, an empty string stands for the default.
+    if in_file == "":
+        return default
+    # JSON has no tuples, and a frozen section has no lists.
+    if isinstance(in_file, list):
+        return tuple(str(word) for word in in_file)
+    return in_file
+
+
+def find_problem(rule: Mapping[str, Any], expected_type: type, value: object) -> str:
+    """Return what is wrong with a value, without showing it, or an empty string."""
+    # Not isinstance: True is an int.
+    if type(value) is not expected_type:
+        return f"must be {rule['expected']}"
+    if value == "" and rule["required"]:
+        return "is required"
+    if value == "" or rule["is_valid"](value):
+        return ""
+    return f"must be {rule['expected']}"
+
+
+def clamp_poll(seconds: int) -> int:
+    return max(MIN_POLL_SECONDS, min(MAX_POLL_SECONDS, seconds))
+
+
+def find_credential(environ: Mapping[str, str], name: str) -> str:
+    """Return the path of a file that the unit passes with LoadCredential=, or an empty string."""
+    folder = environ.get("CREDENTIALS_DIRECTORY", "")
+    path = os.path.join(folder, name)
+    if not folder or not name or not os.path.exists(path):
+        return ""
+    return path
 
 
 # ---- wire contract -------------------------------------------------------------------------------
@@ -355,8 +549,25 @@ class GuestSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDetails:
+    """What a guest is meant to be, and what it uses; the last three only while it runs."""
+
+    template: bool | None
+    onboot: bool | None
+    lock: str | None
+    tags: Sequence[str] | None
+    ha_state: str | None
+    uptime_seconds: int | None
+    cpu_usage: float | None
+    memory_used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
-    """A container ("lxc") or VM ("qemu"); without `spec` if its configuration cannot be read."""
+    """A container ("lxc") or VM ("qemu"); without `spec` if its configuration could not be read.
+
+    In JSON, the fields of `details` are the guest's own.
+    """
 
     vmid: int
     type: str = "lxc"
@@ -364,6 +575,7 @@ class Guest:
     status: str
     controller_version: str = ""
     spec: GuestSpec | None = None
+    details: GuestDetails | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,6 +601,7 @@ class Backup:
     """The newest backup of a guest on a storage."""
 
     vmid: int
+    type: str
     storage: str
     volid: str
     created_at: str
@@ -396,28 +609,15 @@ class Backup:
     verified: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreTest:
-    """Reserved, as are the next two."""
-
-    vmid: int
-    volid: str
-    tested_at: str
-    result: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PBSSnapshot:
-    datastore: str
-    backup_type: str
-    backup_id: str
-    backup_time: str
-    size_bytes: int | None
-    verified: bool | None
+# Reserved: neither is sent yet.
+RestoreTest: TypeAlias = Mapping[str, object]
+PBSSnapshot: TypeAlias = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
+    """A task that has ended: when, who started it, "vzdump 100", and "OK" or the error."""
+
     at: str
     actor: str
     operation: str
@@ -442,12 +642,20 @@ class HostReport:
 
     def to_json(self) -> str:
         """Return compact JSON; a guest without a spec has no `spec` key."""
+        return json.dumps(self, default=build_object, separators=(",", ":"), allow_nan=False)
 
-        def fields(part: Any) -> dict[str, object]:
-            names = (name for name in part.__slots__ if name != "spec" or part.spec is not None)
-            return {name: getattr(part, name) for name in names}
 
-        return json.dumps(self, default=fields, separators=(",", ":"), allow_nan=False)
+def build_object(part: Any) -> dict[str, object]:
+    """Return the JSON object for a part of the report."""
+    # dataclasses.asdict would take three times as long.
+    values = {name: getattr(part, name) for name in part.__slots__}
+    if isinstance(part, Guest):
+        del values["details"]
+        if part.details is not None:
+            values.update(build_object(part.details))
+        if part.spec is None:
+            del values["spec"]
+    return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -463,39 +671,64 @@ class ControlEnvelope:
 def lookup(data: object, *keys: str) -> object:
     """Return data[key1][key2]…, or None if a key is missing."""
     for key in keys:
-        data = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(data, dict):
+            return None
+        data = data.get(key)
     return data
 
 
 def get_text(data: object, *keys: str) -> str | None:
-    """Return the string at `keys`, at most 512 characters that UTF-8 can hold, or None."""
+    """Return the string at `keys`, cut to 512 characters, or None if there is none."""
     value = lookup(data, *keys)
-    return value[:512].encode(errors="replace").decode() if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return encodable(value[:512])
 
 
-def parse_number(value: object) -> float | None:
-    """Return a number from 0 to 2^53, or None.  Proxmox sends some numbers as strings."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
-        value = float(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53:
-        return value
-    return None
-
-
-def parse_int(value: object) -> int | None:
-    """Return an integer from 0 to 2^53, or None."""
-    number = parse_number(value)
-    return int(number) if number is not None and number == int(number) else None
+def encodable(text: str) -> str:
+    """Return a text that UTF-8, and so every hub, can hold: JSON may have half a surrogate pair."""
+    return text.encode(errors="replace").decode()
 
 
 def get_int(data: object, *keys: str) -> int | None:
     return parse_int(lookup(data, *keys))
 
 
-def get_vmid(data: object) -> int:
+def get_flag(data: object, key: str) -> bool | None:
+    """Return Proxmox's 0 or 1 as a boolean, or None for anything else."""
+    value = get_int(data, key)
+    if value not in (0, 1):
+        return None
+    return value == 1
+
+
+def get_vmid(entry: object) -> int:
     """Return the guest's ID, or 0 if it is invalid."""
-    vmid = get_int(data, "vmid") or 0
-    return vmid if 100 <= vmid <= 999_999_999 else 0
+    vmid = get_int(entry, "vmid") or 0
+    if not 100 <= vmid <= 999_999_999:
+        return 0
+    return vmid
+
+
+def parse_number(value: object) -> float | None:
+    """Return a number from 0 to 2^53, or None.  Proxmox sends some numbers as strings."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = float(value)
+    # True is an int.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # Beyond that, a float no longer holds every integer.  NaN fails the comparison, too.
+    if not 0 <= value < 2**53:
+        return None
+    return value
+
+
+def parse_int(value: object) -> int | None:
+    """Return an integer from 0 to 2^53, or None."""
+    number = parse_number(value)
+    if number is None or number != int(number):
+        return None
+    return int(number)
 
 
 def format_time(seconds: float | None = None) -> str:
@@ -503,153 +736,572 @@ def format_time(seconds: float | None = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def build_host(node: str, status: object, entry: object) -> HostMetrics:
-    """Build the node's metrics from its status and its entry in /cluster/resources.
+def build_host(node: str, node_status: object, entry: object) -> HostMetrics:
+    """Build the node's metrics from its status and its entry in /cluster/resources."""
+    pve_version = None
+    match = re.match(r"pve-manager/([^/\s]+)", get_text(node_status, "pveversion") or "")
+    if match:
+        pve_version = match[1]
 
-    The entry has the CPU usage, 0 if not measured yet; the status's covers only the time since the
-    same API worker was last asked.
-    """
-    version = re.match(r"pve-manager/([^/\s]+)", get_text(status, "pveversion") or "")
-    # Proxmox VE 8.0 has only `kversion`: "Linux 6.2.16-3-pve #1 SMP …".
-    kernel = re.match(r"Linux (\S+)", get_text(status, "kversion") or "")
-    usage = parse_number(lookup(entry, "cpu"))
-    loads = lookup(status, "loadavg")
-    numbers = [parse_number(load) for load in loads] if isinstance(loads, list) else []
-    averages = [number for number in numbers if number is not None]
+    kernel_version = get_text(node_status, "current-kernel", "release")
+    if not kernel_version:
+        # Proxmox VE 8.0 has only "Linux 6.2.16-3-pve #1 SMP …".
+        match = re.match(r"Linux (\S+)", get_text(node_status, "kversion") or "")
+        if match:
+            kernel_version = match[1]
+
+    # The entry's, because the status's covers only the time since the same API worker was last
+    # asked.  0 means that pvestatd has not measured it yet.
+    cpu_usage = parse_number(lookup(entry, "cpu"))
+    if cpu_usage is not None and not 0 < cpu_usage <= 1:
+        cpu_usage = None
+
     return HostMetrics(
         node=node,
-        pve_version=version[1] if version else None,
-        kernel_version=get_text(status, "current-kernel", "release") or (kernel and kernel[1]),
-        uptime_seconds=get_int(status, "uptime"),
-        cpu_model=get_text(status, "cpuinfo", "model"),
-        cpu_count=get_int(status, "cpuinfo", "cpus") or None,
-        cpu_usage=usage if usage and usage <= 1 else None,
-        load_average=averages if len(averages) == len(numbers) == 3 else None,
-        memory_total_bytes=get_int(status, "memory", "total"),
-        memory_used_bytes=get_int(status, "memory", "used"),
-        swap_total_bytes=get_int(status, "swap", "total"),
-        swap_used_bytes=get_int(status, "swap", "used"),
-        rootfs_total_bytes=get_int(status, "rootfs", "total"),
-        rootfs_used_bytes=get_int(status, "rootfs", "used"),
+        pve_version=pve_version,
+        kernel_version=kernel_version,
+        uptime_seconds=get_int(node_status, "uptime"),
+        cpu_model=get_text(node_status, "cpuinfo", "model"),
+        # No node has 0 CPUs.
+        cpu_count=get_int(node_status, "cpuinfo", "cpus") or None,
+        cpu_usage=cpu_usage,
+        load_average=parse_load_average(lookup(node_status, "loadavg")),
+        memory_total_bytes=get_int(node_status, "memory", "total"),
+        memory_used_bytes=get_int(node_status, "memory", "used"),
+        swap_total_bytes=get_int(node_status, "swap", "total"),
+        swap_used_bytes=get_int(node_status, "swap", "used"),
+        rootfs_total_bytes=get_int(node_status, "rootfs", "total"),
+        rootfs_used_bytes=get_int(node_status, "rootfs", "used"),
     )
 
 
-def build_guest(entry: object, config: object, cpu_count: int | None, *, stale: bool) -> Guest:
-    """Build a guest, unknown without a configuration or if its entry is stale."""
-    guest_type = get_text(entry, "type") or ""
-    name = get_text(entry, "name") or get_text(config, "hostname") or get_text(config, "name")
-    status = get_text(entry, "status") if config is not None and not stale else None
-    return Guest(
-        vmid=get_vmid(entry),
-        type=guest_type,
-        name=name or "",
-        status=status or "unknown",
-        spec=build_spec(config, guest_type, cpu_count) if isinstance(config, dict) else None,
-    )
+def parse_load_average(loads: object) -> Sequence[float] | None:
+    """Return the three load averages; None if one of them is invalid."""
+    if not isinstance(loads, list) or len(loads) != 3:
+        return None
+    numbers = [parse_number(load) for load in loads]
+    averages = [number for number in numbers if number is not None]
+    if len(averages) != 3:
+        return None
+    return averages
 
 
 def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | None) -> GuestSpec:
     """Build the spec from a guest's configuration and Proxmox's defaults."""
-    # In MiB: a number, a string or "current=2048".
+    # In MiB: a number, a string or "current=2048".  parse_int also refuses what is too large.
     memory = parse_int(str(config.get("memory", 512)).removeprefix("current="))
+    memory_bytes = None
+    if memory:
+        memory_bytes = parse_int(memory * 2**20)
+
     if guest_type == "lxc":
         cores = parse_int(config.get("cores", cpu_count))
         volumes = [str(config.get("rootfs"))]
     else:
-        sockets, cores = (parse_int(config.get(key, 1)) for key in ("sockets", "cores"))
-        cores = (sockets or 0) * (cores or 0)
-        disk = re.compile("(ide|sata|scsi|virtio)[0-9]+")
-        volumes = [str(volume) for key, volume in config.items() if disk.fullmatch(key)]
-        volumes = [volume for volume in volumes if "media=cdrom" not in volume.split(",")]
-    sizes = [parse_volume_size(volume) for volume in volumes]
+        sockets = parse_int(config.get("sockets", 1)) or 0
+        cores_per_socket = parse_int(config.get("cores", 1)) or 0
+        cores = parse_int(sockets * cores_per_socket)
+        volumes = find_disks(config)
+
+    return GuestSpec(cores=cores or None, memory_bytes=memory_bytes, disk_bytes=sum_sizes(volumes))
+
+
+def build_listed_spec(entry: object) -> GuestSpec:
+    """Build the spec of a guest whose configuration the token may not read, from its entry.
+
+    `maxcpu` is a fraction if it is a CPU limit, and `maxdisk` is not the size of the disk.
+    """
     return GuestSpec(
-        cores=parse_int(cores) or None,
-        memory_bytes=parse_int(memory * 2**20) if memory else None,
-        disk_bytes=parse_int(sum(size or 0 for size in sizes)) if sizes and all(sizes) else None,
+        cores=get_int(entry, "maxcpu") or None,
+        memory_bytes=get_int(entry, "maxmem") or None,
+        disk_bytes=None,
     )
+
+
+def find_disks(config: Mapping[str, object]) -> list[str]:
+    """Return the volumes of a VM's disks, without CD drives."""
+    volumes = []
+    for key, value in config.items():
+        is_drive = re.fullmatch("(ide|sata|scsi|virtio)[0-9]+", key)
+        if is_drive and "media=cdrom" not in str(value).split(","):
+            volumes.append(str(value))
+    return volumes
+
+
+def sum_sizes(volumes: Sequence[str]) -> int | None:
+    """Return the size of all volumes together; None if there are none, or one has no size."""
+    sizes = [parse_volume_size(volume) for volume in volumes]
+    known = [size for size in sizes if size]
+    if not sizes or len(known) < len(sizes):
+        return None
+    return parse_int(sum(known))
 
 
 def parse_volume_size(volume: str) -> int | None:
-    """Return the bytes of `local:100/vm-100-disk-0.raw,size=8G`; None without a size."""
-    match = re.search(r",size=([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMGT]?)(?:,|$)", volume)
-    size = float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else 0
-    return parse_int(int(size)) or None
+    """Return the bytes of "local:100/vm-100-disk-0.raw,size=8G"; None without a size."""
+    match = re.search(r",size=([0-9]{1,15}(\.[0-9]{1,15})?)([KMGT]?)(,|$)", volume)
+    if match is None:
+        return None
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return parse_int(int(float(match[1]) * units[match[3]]))
 
 
-def build_storage(entry: object, *, stale: bool) -> StorageTarget:
-    available = get_text(entry, "status") == "available" and not stale
-    return StorageTarget(
-        storage=get_text(entry, "storage") or "",
-        type=get_text(entry, "plugintype") or "",
-        status="available" if available else "unknown",
-        total_bytes=get_int(entry, "maxdisk") if available else None,
-        used_bytes=get_int(entry, "disk") if available else None,
+def build_details(
+    entry: object, config: object, *, is_fresh: bool, is_running: bool
+) -> GuestDetails:
+    """Build a guest's details from its entry, and `onboot` from its configuration if it was read.
+
+    Proxmox keeps lock, tags and HA state exact; the rest is pvestatd's, and only true if fresh.
+    """
+    template = None
+    if is_fresh:
+        template = get_flag(entry, "template")
+    onboot = None
+    if isinstance(config, dict):
+        # Unset means no.
+        onboot = get_flag({"onboot": 0, **config}, "onboot")
+    measured: object = {}
+    if is_running:
+        measured = entry
+    return GuestDetails(
+        template=template,
+        onboot=onboot,
+        lock=get_text(entry, "lock"),
+        tags=parse_tags(lookup(entry, "tags")),
+        ha_state=get_text(entry, "hastate"),
+        uptime_seconds=get_int(measured, "uptime"),
+        cpu_usage=parse_number(lookup(measured, "cpu")),
+        memory_used_bytes=get_int(measured, "mem"),
     )
 
 
+def parse_tags(tags: object) -> Sequence[str] | None:
+    """Return the tags, sorted; None for nonsense.  Older entries have commas or spaces."""
+    if tags is None:
+        return []
+    if not isinstance(tags, str):
+        return None
+    return sorted({encodable(tag) for tag in re.split("[;, ]+", tags) if tag})
+
+
+def is_available(entry: object) -> bool:
+    return get_text(entry, "status") == "available"
+
+
+def build_storage(entry: object, *, is_fresh: bool) -> StorageTarget:
+    """Build a storage, unknown if its entry in /cluster/resources is not fresh."""
+    status, total_bytes, used_bytes = "unknown", None, None
+    if is_fresh and is_available(entry):
+        status = "available"
+        total_bytes = get_int(entry, "maxdisk")
+        used_bytes = get_int(entry, "disk")
+    if total_bytes == used_bytes == 0:
+        # iSCSI and ESXi have no size; 0 only stands in for it.
+        total_bytes = used_bytes = None
+    return StorageTarget(
+        storage=get_text(entry, "storage") or "",
+        type=get_text(entry, "plugintype") or "",
+        status=status,
+        total_bytes=total_bytes,
+        used_bytes=used_bytes,
+    )
+
+
+# vzdump's own name for an archive.  Only this says for sure whose backup it is.
+ARCHIVE_NAME: Final = re.compile(
+    r"/vzdump-(lxc|qemu|openvz)-([0-9]{3,9})-[0-9]{4}(_[0-9]{2}){2}-[0-9]{2}(_[0-9]{2}){2}\."
+)
+
+
+def build_backups(storage: str, archives: Sequence[object]) -> tuple[list[Backup], str]:
+    """Return the newest backup of each guest on a storage, and a problem with others, if any.
+
+    An ID may have been a VM's before it was a container's, so each type counts by itself.
+    """
+    newest: dict[tuple[int, str], tuple[int, str]] = {}
+    undated = []
+    for archive in archives:
+        volid = get_text(archive, "volid") or ""
+        match = ARCHIVE_NAME.search(volid)
+        if match is None:
+            continue
+        created = parse_unix_time(lookup(archive, "ctime"))
+        if created is None:
+            undated.append(volid)
+            continue
+        guest = (int(match[2]), match[1].replace("openvz", "lxc"))
+        newest[guest] = max(newest.get(guest, (0, "")), (created, volid))
+
+    problem = ""
+    if undated:
+        problem = f"an archive without a valid date is not counted: {sanitize(undated[0])}"
+    elif archives and not newest:
+        problem = f"{len(archives)} archives are not counted, because vzdump did not name them"
+    backups = []
+    for (vmid, guest_type), (created, volid) in newest.items():
+        created_at = format_time(created)
+        backups.append(
+            Backup(vmid=vmid, type=guest_type, storage=storage, volid=volid, created_at=created_at)
+        )
+    return backups, problem
+
+
+def parse_unix_time(value: object) -> int | None:
+    """Return the seconds if they are after 1970 and before 2106, or None."""
+    seconds = parse_int(value)
+    # time.gmtime fails for some integers.
+    if seconds is None or not 0 < seconds < 2**32:
+        return None
+    return seconds
+
+
+def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
+    """Build the entries for the tasks that have ended, the newest last."""
+    entries = []
+    for task in tasks:
+        ended = parse_unix_time(lookup(task, "endtime"))
+        actor = lookup(task, "user")
+        operation = lookup(task, "type")
+        if ended is None or not isinstance(actor, str) or not isinstance(operation, str):
+            continue
+        if lookup(task, "tokenid"):
+            actor = f"{actor}!{lookup(task, 'tokenid')}"
+        # A vzdump of several guests has an empty ID.
+        if lookup(task, "id"):
+            operation = f"{operation} {lookup(task, 'id')}"
+        entries.append(
+            AuditEntry(
+                at=format_time(ended),
+                actor=sanitize(actor, 512),
+                operation=sanitize(operation, 512),
+                result=sanitize(str(lookup(task, "status") or "unknown"), 512),
+            )
+        )
+    return sorted(entries, key=lambda entry: entry.at)
+
+
 def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
+    """Build the envelope with None for each value of another type than expected."""
     values: dict[str, Any] = {}
-    for item in dataclasses.fields(ControlEnvelope):
-        value = reply.get(item.name)
+    for name in ("poll_interval_seconds", "desired_generation"):
+        value = reply.get(name)
+        # 900.0 is an integer, too.
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)
-        expected = int if item.name in ("poll_interval_seconds", "desired_generation") else bool
-        values[item.name] = value if type(value) is expected else None
+        values[name] = None
+        # Not isinstance: True is an int.
+        if type(value) is int:
+            values[name] = value
+    for name in ("blocked", "has_signed_ops"):
+        value = reply.get(name)
+        values[name] = None
+        if isinstance(value, bool):
+            values[name] = value
     return ControlEnvelope(**values)
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
 
+# What to do, by cause or by HTTP status: for both servers, for Proxmox, for the hub.  Each client
+# fills in the words in braces.
+HINTS: Final[Mapping[str | int, str]] = {
+    "unknown host": "check the host name in {section}.url, and this host's name servers",
+    "connect timeout": "check that the host in {section}.url is up, and firewalls on the way",
+    "tls": "check host and port in {section}.url, and that {server} speaks TLS 1.2 or 1.3 and "
+    "demands no client certificate",
+    "wrong name": "use a name from the certificate in hub.url",
+    "bad certificate": "renew the certificate or its CA, or fix this host's clock",
+    "no time left": "raise {section}.timeout_seconds ({seconds})",
+    "not HTTP": "check host and port in {section}.url",
+    "unusable": "check {section}.url, and what is in front of {server}",
+    "redirect": "{server} must answer at this exact path, without a login; if only https or the "
+    "host differs, change {section}.url",
+}
+PROXMOX_HINTS: Final[Mapping[str | int, str]] = {
+    **HINTS,
+    "refused": "check systemctl status pveproxy, and host and port in proxmox.url",
+    "handshake": "check systemctl status pveproxy, and ALLOW_FROM in /etc/default/pveproxy",
+    "pin": "compare proxmox.fingerprint with pvenode cert info",
+    "wrong name": "use a name from the certificate in proxmox.url (pvenode cert info lists them)",
+    "unknown CA": "set proxmox.ca_file to the server's root CA (Proxmox's own is "
+    "/etc/pve/pve-root-ca.pem); or the server does not send its intermediate certificates",
+    "not from ca_file": "if the certificate was replaced by a public one, set proxmox.ca_file to "
+    '"" and use a name from the certificate in proxmox.url; if that file has changed since the '
+    "agent started, restart the agent; or the server does not send its intermediate certificates",
+    "timeout": "check systemctl status pveproxy pve-cluster, network and name servers, or raise "
+    "proxmox.timeout_seconds ({seconds})",
+    "no response": "check systemctl status pveproxy pve-cluster, and proxmox.url (http or https, "
+    "host, port)",
+    "storage": "check pvesm status, and what the storage runs on; pveproxy gives up after 30 s",
+    401: "check proxmox.token_id and proxmox.token_secret; pveum user token list {user} and pveum "
+    "user list show what is expired or disabled",
+    403: "run: pveum acl modify / --users {user} --tokens {token} --roles PVEAuditor; if pveum acl "
+    "list shows it already, a role or NoAccess on a lower path overrides it",
+    500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or migrated",
+    # pveproxy could not pass the request on to pvedaemon or to another node.
+    **dict.fromkeys(
+        range(595, 600), "check that node {node} is up, and systemctl status pvedaemon on it"
+    ),
+    "other status": "check systemctl status pveproxy pve-cluster",
+}
+HUB_HINTS: Final[Mapping[str | int, str]] = {
+    **HINTS,
+    "refused": "check that the hub is running, and host and port in hub.url",
+    "handshake": "check the web server in front of the hub, and hub.url",
+    "proxy": "check https_proxy, and that the proxy allows host and port; or set no_proxy",
+    "proxy login": "check user and password in https_proxy",
+    "behind the proxy": "the proxy cannot reach the hub; check hub.url",
+    "unknown CA": "set hub.ca_file to the server's root CA; or the server does not send its "
+    "intermediate certificates",
+    "not from ca_file": "check that hub.ca_file has the server's root CA; if that file has changed "
+    "since the agent started, restart the agent; or the server does not send its intermediate "
+    "certificates",
+    "timeout": "check the hub's log, network and name servers, or raise hub.timeout_seconds "
+    "({seconds})",
+    "no response": "check the hub's log, and hub.url (http or https, host, port)",
+    401: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
+    403: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
+    404: f"check hub.url, to which {REPORT_PATH} is added",
+    405: f"check hub.url, to which {REPORT_PATH} is added",
+    413: "let the hub, and the web server in front of it, accept 4 MiB",
+    421: "the web server in front of the hub does not serve this name; check hub.url",
+    429: "the hub asks the agent to wait",
+    511: "this network wants a login before it lets anything through",
+    # 520 to 530 are Cloudflare's.
+    **dict.fromkeys(
+        (502, 503, 504, *range(520, 528), 530), "the web server in front of the hub cannot reach it"
+    ),
+    "other status": "check the hub's log",
+}
 
-class PinMismatch(OSError):
-    """The certificate is not the one in proxmox.fingerprint."""
+# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
+WRONG_NAME_CODES: Final = (62, 64)
+# X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, _DEPTH_ZERO_SELF_SIGNED_CERT, _SELF_SIGNED_CERT_IN_CHAIN,
+# _UNABLE_TO_GET_ISSUER_CERT_LOCALLY and _UNABLE_TO_VERIFY_LEAF_SIGNATURE
+UNKNOWN_CA_CODES: Final = (2, 18, 19, 20, 21)
 
 
-class Connection(http.client.HTTPSConnection):
-    """Compares a pinned certificate before anything is sent, and reads early refusals."""
+class ConnectError(OSError):
+    """Connecting failed; `cause` is a key of the hints."""
 
-    fingerprint = ""
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def find_cause(exc: Exception) -> str:
+    """Return why a request got no response, as a key of the hints."""
+    if isinstance(exc, ConnectError):
+        return exc.cause
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        if exc.verify_code in WRONG_NAME_CODES:
+            return "wrong name"
+        if exc.verify_code in UNKNOWN_CA_CODES:
+            return "unknown CA"
+        return "bad certificate"
+    if isinstance(exc, ssl.SSLError):
+        return "tls"
+    if isinstance(exc, socket.gaierror):
+        return "unknown host"
+    if isinstance(exc, ConnectionRefusedError):
+        return "refused"
+    if isinstance(exc, TimeoutError):
+        return "timeout"
+    if is_not_http(exc):
+        return "not HTTP"
+    if isinstance(exc, ValueError):
+        # From read_body
+        return "unusable"
+    return "no response"
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Connect to the first address of a server that answers.
+
+    Each address has CONNECT_SECONDS, so that one that swallows packets leaves time for the next.
+    """
+    try:
+        sock = socket.create_connection((host, port), CONNECT_SECONDS, all_errors=True)
+    except ExceptionGroup as group:
+        errors = list(group.exceptions)
+    else:
+        # From here on, limit_time alone decides: a slow TLS handshake may take longer.
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    # One error for each address.  A refusal or a time-out says more than "Network is unreachable".
+    for error in errors:
+        if isinstance(error, TimeoutError):
+            raise ConnectError("connect timeout", "connection timed out")
+        if isinstance(error, ConnectionError):
+            raise error
+    raise errors[-1]
+
+
+class Connection(http.client.HTTPConnection):
+    """Connects in a step of its own, and reads a refusal that comes early."""
+
+    sock: Any
 
     def connect(self) -> None:
-        # Its failure is an ExceptionGroup, see _no_response.
-        self._create_connection = functools.partial(socket.create_connection, all_errors=True)
-        try:
-            super().connect()
-        except BaseException:
-            # A failed tunnel or handshake would leave a socket without TLS.
-            self.close()
-            raise
-        digest = hashlib.sha256(self.sock.getpeercert(True) or b"").hexdigest()
-        if self.fingerprint not in ("", digest):
-            self.close()
-            raise PinMismatch(f"its certificate has the SHA-256 {digest.upper()}")
+        self.sock = open_socket(self.host, self.port)
 
     def send(self, data: Any) -> None:
-        # Before the rest, because only errors of sending may be passed over, not of connecting.
+        # On its own, because http.client would connect as a part of sending, and errors of sending
+        # are passed over below.
         if self.sock is None:
-            self.connect()
-        # A server that refuses may close before it has read everything; getresponse says why.
+            try:
+                self.connect()
+            except BaseException:
+                # No socket without TLS may stay behind.
+                self.close()
+                raise
+        # A server that refuses a request may close the connection before it has read all of it.
+        # Its response is there to be read all the same, and says why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)
 
 
-class HubHTTPSHandler(urllib.request.HTTPSHandler):
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(Connection, req, context=self._context)  # type: ignore
+class TLSConnection(Connection):
+    """Connects in three steps: TCP, a tunnel if there is a proxy, and TLS with the server."""
+
+    default_port = 443
+
+    def __init__(self, host: str, *, context: ssl.SSLContext) -> None:
+        super().__init__(host)
+        self._context = context
+        self._server_name = self.host
+        self._tunnel_request = b""
+
+    def set_tunnel(
+        self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Go through a proxy to this host[:port]; urllib.request calls this before it connects."""
+        address = host
+        if not re.search(r":[0-9]+$", host):
+            address = f"{host}:{self.default_port}"
+        # Some proxies demand Host, which Python 3.11 would not send.
+        lines = [f"CONNECT {address} HTTP/1.1", f"Host: {address}"]
+        for name, value in (headers or {}).items():
+            lines.append(f"{name}: {value}")
+        self._tunnel_request = "\r\n".join([*lines, "", ""]).encode()
+        self._server_name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+
+    def connect(self) -> None:
+        if self._tunnel_request:
+            self._connect_through_proxy()
+        else:
+            super().connect()
+
+        try:
+            # The handshake by itself: wrap_socket skips it if the connection was just reset.
+            self.sock = self._context.wrap_socket(
+                self.sock, server_hostname=self._server_name, do_handshake_on_connect=False
+            )
+            self.sock.do_handshake()
+        except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            problem = "connection closed or reset during the TLS handshake"
+            raise ConnectError("handshake", problem) from None
+
+    def _connect_through_proxy(self) -> None:
+        try:
+            super().connect()
+            self.sock.sendall(self._tunnel_request)
+            # Leaving this block closes the response, not the socket, which is the tunnel.
+            with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
+                response.begin()
+                status, reason = response.status, response.reason
+        except TimeoutError:
+            # The whole request has taken too long.
+            raise
+        except (OSError, http.client.HTTPException) as exc:
+            raise ConnectError("proxy", describe(exc)) from None
+
+        problem = f"the proxy answers {status} {reason}"
+        if status in (401, 407):
+            raise ConnectError("proxy login", problem)
+        if status >= 500:
+            raise ConnectError("behind the proxy", problem)
+        if not 200 <= status < 300:
+            raise ConnectError("proxy", problem)
+
+
+class PinnedConnection(TLSConnection):
+    """Accepts exactly one certificate, and sends nothing before it has seen that one."""
+
+    def __init__(self, host: str, context: ssl.SSLContext, fingerprint: str) -> None:
+        # The fingerprint replaces the check of chain and host name.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        super().__init__(host, context=context)
+        self._fingerprint = fingerprint.replace(":", "").lower()
+
+    def connect(self) -> None:
+        super().connect()
+        certificate = self.sock.getpeercert(binary_form=True)
+        fingerprint = hashlib.sha256(certificate).hexdigest()
+        if fingerprint != self._fingerprint:
+            raise ConnectError("pin", f"its certificate has the SHA-256 {fingerprint.upper()}")
+
+
+def build_tls_context(section: str, ca_file: str) -> ssl.SSLContext:
+    """Return a context that checks chain and host name.  Raises ConfigError."""
+    try:
+        # Not ssl.create_default_context, which reads SSLKEYLOGFILE, and on Python 3.13 sets
+        # VERIFY_X509_STRICT, which most CAs that Proxmox made before March 2026 fail.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if not ca_file:
+            context.load_default_certs()
+            return context
+    except OSError as exc:
+        problem = f"this host's OpenSSL refuses TLS ({describe(exc)})"
+        raise ConfigError(f"config: {problem}; check openssl.cnf and $OPENSSL_CONF") from None
+
+    try:
+        context.load_verify_locations(ca_file)
+    except (OSError, ValueError, TypeError) as exc:
+        problem = f"{sanitize(ca_file)}: no usable PEM file ({describe(exc)})"
+        if ca_file.startswith("/etc/pve/"):
+            problem += "; check systemctl status pve-cluster, which provides this folder"
+        raise ConfigError(f"config: {section}.ca_file: {problem}") from None
+    return context
+
+
+def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
+    """Return call(*arguments), or raise TimeoutError in the middle of it after `seconds`.
+
+    A socket's own time-out bounds a single read, so a server that sends a byte now and then could
+    go on for ever.  SIGALRM interrupts whatever blocks: connecting, the TLS handshake, sending,
+    reading.  The exception comes out of that call.  Only the lookup of a name is not interrupted;
+    there it comes out when the lookup has ended.
+
+    The alarm repeats each second, because one exception can be lost: Python drops it if a finalizer
+    is running, and create_connection goes on to the next address.
+    """
+    signal.signal(signal.SIGALRM, raise_timeout)
+    # Python runs a signal's handler when a call returns.  So `finally` switches the timer off
+    # before the handler can run again; the __exit__ of a context manager would be a call itself.
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+        return call(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def raise_timeout(*_: object) -> None:
-    raise TimeoutError("timed out")
+    # With the timer off, somebody else has sent the signal, or the call had just ended.
+    if signal.getitimer(signal.ITIMER_REAL) != (0, 0):
+        raise TimeoutError("timed out")
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off."""
-    body = b""
-    # Not read(n), which believes whatever size a chunk claims to have.
-    while piece := response.read1(65536):
-        body += piece
-        if len(body) > max_bytes:
-            raise ValueError(f"the reply is longer than {max_bytes} bytes")
+    body = response.read(max_bytes + 1)
+    if len(body) > max_bytes:
+        raise ValueError(f"the reply is longer than {max_bytes} bytes")
+    # How much of Content-Length is missing
     if response.length:
         raise http.client.IncompleteRead(body, response.length)
     return body
@@ -657,139 +1309,144 @@ def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
 
 def parse_reply(content: bytes, status: int) -> dict[str, Any]:
     """Return the JSON object in a response.  Raises ValueError or RecursionError."""
-    # Some web servers answer an empty 200 to any path; an intentional empty reply is 204.
-    if not content and status != 204:
+    if not content and status == 204:
+        return {}
+    # Some web servers answer an empty 200 to any path.
+    if not content:
         raise ValueError("empty")
-    reply = json.loads(content.decode("utf-8-sig") or "{}")
+    reply = json.loads(content.decode("utf-8-sig"))
     if not isinstance(reply, dict):
         raise ValueError("not a JSON object")
     return reply
 
 
+def parse_retry_after(text: str) -> int | None:
+    """Return Retry-After in seconds, at most an hour; None for a date, which is ignored."""
+    # int() refuses thousands of digits.
+    if not re.fullmatch("[0-9]{1,100}", text):
+        return None
+    return min(int(text), MAX_POLL_SECONDS)
+
+
+def milliseconds_since(start: float) -> float:
+    return (time.monotonic() - start) * 1000
+
+
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
-    # The section of the configuration, and words for messages
-    section = server = where_to_look = certificate_hint = ca_hint = via = ""
-    hints: Mapping[int, str]
-    max_bytes = 0
-    # By time.monotonic
-    deadline = math.inf
+    # The section of the configuration, and what the server is called in messages
+    section: str
+    server: str
+    hints: Mapping[str | int, str]
+    # Of the body of a response
+    max_bytes: int
 
-    def __init__(self, config: ProxmoxConfig | HubConfig, scheme: str, secret: str) -> None:
+    def __init__(self, config: ProxmoxConfig | HubConfig, logger: logging.Logger) -> None:
         self.url = config.url.rstrip("/")
-        self.netloc = config.url.split("/")[2]
+        # host[:port]
+        self.address = urllib.parse.urlsplit(config.url).netloc
         self.timeout_seconds = config.timeout_seconds
-        self.timeout_hint = f"raise {self.section}.timeout_seconds ({self.timeout_seconds})"
-        # Unlike ssl.create_default_context: no SSLKEYLOGFILE, and no VERIFY_X509_STRICT on Python
-        # 3.13, which most CAs that Proxmox made before March 2026 fail.
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            if config.ca_file:
-                self.context.load_verify_locations(config.ca_file)
-            else:
-                self.context.load_default_certs()
-        except OSError as exc:
-            shown = f"{self.section}.ca_file: {sanitize(config.ca_file)}"
-            raise ConfigError(f"config: {shown}: no usable PEM file ({describe(exc)})") from None
-        SECRETS[self.section] = secret
-        self.headers = {"Authorization": f"{scheme}{secret}"}
-        signal.signal(signal.SIGALRM, raise_timeout)
+        self.context = build_tls_context(self.section, config.ca_file)
+        self.logger = logger
+        self._has_ca_file = bool(config.ca_file)
+        # What stands for the words in braces
+        self._hint_words = {"section": self.section, "server": self.server}
+        self._hint_words["seconds"] = str(config.timeout_seconds)
+        # Until when a request may last at most, by time.monotonic
+        self._deadline = math.inf
 
     def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response with its body unread."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close what is kept open."""
+        """Close the connection, if one is kept; the next request opens a new one."""
+
+    def hint(self, cause: str | int, path: str = "") -> str:
+        """Return what to do about a failure, by its cause or HTTP status."""
+        if cause == "unknown CA" and self._has_ca_file:
+            cause = "not from ca_file"
+        hint = self.hints.get(cause, self.hints["other status"])
+        return hint.format_map(self._hint_words)
 
     def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """Send a request and return the decoded response.  Raises TransportError or HTTPError."""
+        """Send a request and return the reply.  Raises TransportError or HTTPError."""
         operation = f"{method} {path}"
-        seconds = min(self.timeout_seconds, self.deadline - time.monotonic())
+        start = time.monotonic()
+        seconds = min(self.timeout_seconds, self._deadline - start)
         if seconds <= 0:
-            raise TransportError(f"{operation}: no time left in this cycle; {self.timeout_hint}")
+            hint = self.hint("no time left")
+            raise TransportError(f"{operation}: no time left in this cycle; {hint}")
+
         try:
-            # A socket's timeout bounds one read, the alarm everything, CONNECT included.  It
-            # repeats: a finalizer swallows it, a connect goes on to the next address.
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-            with self.open_response(method, path, body) as response:
-                is_success = 200 <= response.status < 300
-                content = read_body(response, self.max_bytes) if is_success else b""
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            response, content = limit_time(seconds, self._exchange, method, path, body)
         except Exception as exc:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.logger.debug("%s: no response, %.0f ms", operation, milliseconds_since(start))
             self.close()
-            # "from None": the cause may quote what the server sent.
-            raise self._no_response(operation, exc) from None
-        if not is_success:
+            # "from None", because the original exception may quote what the server sent.
+            raise self._transport_error(operation, path, exc) from None
+        status = response.status
+        self.logger.debug("%s: %d, %.0f ms", operation, status, milliseconds_since(start))
+
+        if not 200 <= status < 300:
+            # Its body is still to come on the connection.
             self.close()
-            raise self._http_error(operation, response)
-        # What Proxmox says of a guest goes on to the hub.  A short secret would match by chance.
-        if len(secret := SECRETS[self.section]) > 7:
-            content = content.replace(secret.encode(), b"***")
+            raise self._http_error(operation, path, response)
+
         try:
-            return parse_reply(content, response.status)
+            return parse_reply(content, status)
         except (ValueError, RecursionError) as exc:
             self.close()
+            problem = str(exc)
             encoding = response.headers.get("Content-Encoding")
-            problem = f"compressed by {encoding}" if encoding else str(exc)
-            raise self.unexpected(operation, problem, response.status) from None
+            if encoding:
+                problem = f"compressed by {encoding}"
+            raise self.unusable(operation, problem, status) from None
 
-    def unexpected(self, operation: str, problem: str, status: int = 200) -> TransportError:
-        """Return the error for a response that this server would never send."""
-        reply = f"{operation}: {status}, but the reply is unusable ({sanitize(problem)})"
-        hint = f"check {self.section}.url, and what is in front of {self.server}"
-        return TransportError(f"{reply}; {hint}")
+    def _exchange(
+        self, method: str, path: str, body: bytes | None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Return a response and its body, which stays unread if the status is an error."""
+        content = b""
+        with self.open_response(method, path, body) as response:
+            if 200 <= response.status < 300:
+                content = read_body(response, self.max_bytes)
+        return response, content
 
-    def _no_response(self, operation: str, exc: Exception) -> TransportError:
+    def unusable(self, operation: str, problem: str, status: int = 200) -> TransportError:
+        """Return the error for a success that this server would never send."""
+        reply = f"{status}, but the reply is unusable ({sanitize(problem)})"
+        return TransportError(f"{operation}: {reply}; {self.hint('unusable')}")
+
+    def _transport_error(self, operation: str, path: str, exc: Exception) -> TransportError:
+        # urllib.request wraps the error that says what happened.
         if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
             exc = exc.reason
-        if isinstance(exc, ExceptionGroup):
-            # One for each address.  A refusal or a time-out says more than "unreachable".
-            exc = max(exc.exceptions, key=lambda e: isinstance(e, ConnectionError | TimeoutError))
-        problem = f"{sanitize(describe(exc))}; {self.failure_hint(exc)}"
-        return TransportError(f"{operation}: {self.netloc}{self.via}: {problem}")
+        cause = find_cause(exc)
+        problem = f"{self.address}: {sanitize(describe(exc))}; {self.hint(cause, path)}"
+        if cause == "timeout":
+            return RequestTimeout(f"{operation}: {problem}")
+        return TransportError(f"{operation}: {problem}")
 
-    def _http_error(self, operation: str, response: http.client.HTTPResponse) -> HTTPError:
-        status = sanitize(f"{response.status} {response.reason}".rstrip())
-        hint = self.hints.get(response.status, f"check {self.where_to_look}")
+    def _http_error(
+        self, operation: str, path: str, response: http.client.HTTPResponse
+    ) -> HTTPError:
+        reply = sanitize(f"{response.status} {response.reason}".rstrip())
+        hint = self.hint(response.status, path)
         if 300 <= response.status < 400:
-            status += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
-            rule = f"{self.server} must answer under this path itself, without login"
-            hint = f"{rule}; if only https or the host differs, change {self.section}.url"
-        retry_after = parse_int(response.headers.get("Retry-After"))
-        message = f"{operation}: {status}; {hint}"
+            reply += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
+            hint = self.hint("redirect")
+        retry_after = parse_retry_after(response.headers.get("Retry-After", ""))
+        message = f"{operation}: {reply}; {hint}"
         return HTTPError(message, status=response.status, retry_after=retry_after)
-
-    def failure_hint(self, exc: Exception) -> str:
-        """Return what to do about a request that got no response."""
-        url = f"{self.section}.url"
-        match exc:
-            case PinMismatch():
-                return "compare proxmox.fingerprint with pvenode cert info"
-            # X509_V_ERR_*: hostname or IP address mismatch
-            case ssl.SSLCertVerificationError(verify_code=62 | 64):
-                return f"use a name from the certificate in {url}{self.certificate_hint}"
-            # X509_V_ERR_*: no chain to a known CA
-            case ssl.SSLCertVerificationError(verify_code=2 | 18 | 19 | 20 | 21):
-                ca_file = f"set {self.section}.ca_file to the server's root CA{self.ca_hint}"
-                return f"{ca_file}; if set, perhaps the server sends no intermediate certificates"
-            case ssl.SSLCertVerificationError():
-                return "renew the certificate or its CA's, or set this host's clock"
-            case ssl.SSLError():
-                tls = f"{self.server} speaks TLS 1.2 or 1.3 and demands no client certificate"
-                return f"check host and port in {url}, and that {tls}"
-            case TimeoutError():
-                look = f"{self.where_to_look}, network and name servers"
-                return f"check {look}, or {self.timeout_hint}"
-            case socket.gaierror():
-                return f"check the host name in {url}, and this host's name servers"
-        return f"check {self.where_to_look}, and {url} (http or https, host, port)"
 
 
 # ---- Proxmox client ------------------------------------------------------------------------------
+
+
+# The types of guests, and what they are called in messages
+GUEST_TYPES: Final[Mapping[str, str]] = {"lxc": "containers", "qemu": "virtual machines"}
 
 
 class ProxmoxClient(Client):
@@ -797,87 +1454,96 @@ class ProxmoxClient(Client):
 
     section = "proxmox"
     server = "Proxmox"
-    where_to_look = "systemctl status pveproxy pve-cluster"
-    certificate_hint = " (pvenode cert info lists them)"
-    ca_hint = " (Proxmox's own is /etc/pve/pve-root-ca.pem)"
+    hints = PROXMOX_HINTS
     max_bytes = 8 << 20
 
     def __init__(self, config: ProxmoxConfig) -> None:
-        super().__init__(config, f"PVEAPIToken={config.token_id}=", config.token_secret)
-        self.node, self.token_id = config.node, config.token_id
-        # Types of entries in the list; backups need their storages.
-        self.entry_types = ["node", "lxc", *config.extras]
-        if "backups" in config.extras:
-            self.entry_types.append("storage")
-        user = config.token_id.partition("!")[0]
-        # A token with privilege separation has only the privileges that its user has too.
-        self.grant_hint = (
-            f"run: pveum acl modify / --users {user} --tokens '{config.token_id}' --roles "
-            "PVEAuditor; if pveum acl list shows it already, another role or a NoAccess further "
-            "down takes it back"
-        )
-        node_hint = f"check that node {config.node} is up, and systemctl status pvedaemon on it"
-        self.hints = {
-            401: "check proxmox.token_id and proxmox.token_secret; pveum user token list "
-            f"{user} and pveum user list show what is expired or disabled",
-            403: self.grant_hint,
-            500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or "
-            "migrated",
-            # pveproxy's own, for what it passes on
-            **dict.fromkeys(range(595, 600), node_hint),
-        }
-        if config.fingerprint:
-            # It replaces the check of chain and host name.
-            self.context.check_hostname = False
-            self.context.verify_mode = ssl.CERT_NONE
-        connection = Connection(self.netloc, context=self.context)
-        connection.fingerprint = config.fingerprint.replace(":", "").lower()
-        # For loopback addresses only, see FORMS
-        is_http = self.url.startswith("http:")
-        self._connection = http.client.HTTPConnection(self.netloc) if is_http else connection
+        super().__init__(config, LOG)
+        self.node = config.node
+        self.token_id = config.token_id
+        self.extras = frozenset(config.extras)
+        self._hint_words["node"] = config.node
+        self._hint_words["user"] = shlex.quote(config.token_id.partition("!")[0])
+        self._hint_words["token"] = shlex.quote(config.token_id)
+
+        SECRETS.update({config.token_secret} - {""})
+        self._headers = {"Authorization": f"PVEAPIToken={config.token_id}={config.token_secret}"}
+        # Kept, because a TLS handshake takes six times as long as a call
+        self._connection: http.client.HTTPConnection
+        if config.url.startswith("http:"):
+            # For a loopback address alone, see load_config.
+            self._connection = Connection(self.address)
+        elif config.fingerprint:
+            self._connection = PinnedConnection(self.address, self.context, config.fingerprint)
+        else:
+            self._connection = TLSConnection(self.address, context=self.context)
+
+    @contextlib.contextmanager
+    def session(self, deadline: float) -> Iterator[None]:
+        """Limit all requests together, by time.monotonic, and close the connection at the end."""
+        self._deadline = deadline
+        try:
+            yield
+        finally:
+            self._deadline = math.inf
+            # pveproxy would close it after 5 s.
+            self.close()
 
     def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        """Send a request over a kept connection: a TLS handshake takes six times as long as a call.
+        if self._connection.sock is not None:
+            # The server may have closed a kept connection.  Then a new one decides.
+            try:
+                return self._send(method, path, body)
+            except (ConnectionError, ssl.SSLError):
+                self.close()
+        return self._send(method, path, body)
 
-        If the server has closed it meanwhile, the GET is repeated once, on a new one.
-        """
-        reused = self._connection.sock is not None
-        try:
-            self._connection.request(method, f"/api2/json{path}", body, self.headers)
-            return self._connection.getresponse()
-        except (ConnectionError, ssl.SSLError):
-            self.close()
-            if not reused:
-                raise
-        return self.open_response(method, path, body)
+    def _send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+        self._connection.request(method, f"/api2/json{path}", body, self._headers)
+        return self._connection.getresponse()
 
     def close(self) -> None:
         self._connection.close()
+
+    def hint(self, cause: str | int, path: str = "") -> str:
+        # Only these calls depend on the storage itself.
+        is_storage_path = path.startswith(f"/nodes/{self.node}/storage/")
+        if is_storage_path and cause in ("timeout", "no response", 500, 596):
+            cause = "storage"
+        return super().hint(cause, path)
 
     def get(self, path: str, expected: type[T]) -> T:
         """Return a response's `data`, a list or dict as expected.  Raises AgentError."""
         data = self.request("GET", path).get("data")
         if not isinstance(data, expected):
-            raise self.unexpected(f"GET {path}", f"data is {type(data).__name__}")
+            raise self.unusable(f"GET {path}", f"data is {type(data).__name__}")
         return data
 
     def version(self) -> str | None:
         """Return the version of Proxmox VE (`pvesh get /version`)."""
         return get_text(self.get("/version", dict), "version")
 
-    def permissions(self, path: str = "") -> Mapping[str, object]:
-        """Return path → privilege → 1 if it also holds below the path, else 0.
+    def privileges(self, path: str = "") -> set[str]:
+        """Return what the token may do at a path, or at any path that Proxmox shows.
 
-        `pvesh get /access/permissions --path PATH`; only with a path are inherited ones included.
+        `pvesh get /access/permissions --path PATH`; needs no privilege.  Only with a path does it
+        include what is inherited.
         """
-        return self.get("/access/permissions" + (f"?path={path}" if path else ""), dict)
+        query = ""
+        if path:
+            query = f"?path={path}"
+        names: set[str] = set()
+        for privileges in self.get(f"/access/permissions{query}", dict).values():
+            if isinstance(privileges, dict):
+                names.update(privileges)
+        return names
 
     def resources(self) -> Entries:
-        """Return this node's entries in `pvesh get /cluster/resources`, sorted.
+        """Return the cluster's entries in `pvesh get /cluster/resources`, this node's among them.
 
         Guests need VM.Audit, storages Datastore.Audit.  pveproxy answers this itself; /nodes/N/lxc
-        costs pvedaemon 15 to 22 ms of CPU for each running container, and one that hangs blocks a
-        worker for good.
+        costs pvedaemon 15 to 22 ms of CPU for each running container, and a container that hangs
+        blocks one of its workers for good.
         """
         path = "/cluster/resources"
         entries = [entry for entry in self.get(path, list) if isinstance(entry, dict)]
@@ -885,16 +1551,11 @@ class ProxmoxClient(Client):
         if self.node not in nodes:
             hint = f"set proxmox.node to one of (case-sensitive): {sanitize(', '.join(nodes))}"
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
+        # To leave out a guest would claim that it does not exist.
         own = [entry for entry in entries if entry.get("node") == self.node]
-        entries = [entry for entry in own if entry.get("type") in self.entry_types]
-        # Omitting a guest would claim that it does not exist.
-        if not all(get_vmid(entry) for entry in entries if entry["type"] in ("lxc", "qemu")):
-            raise self.unexpected(f"GET {path}", "a guest without a valid vmid")
-        return sorted(entries, key=lambda entry: (get_vmid(entry), str(entry.get("storage"))))
-
-    def list_lxc(self) -> Entries:
-        """Return this node's containers; the agent itself uses `resources`."""
-        return [entry for entry in self.resources() if entry["type"] == "lxc"]
+        if not all(get_vmid(entry) for entry in own if str(entry.get("type")) in GUEST_TYPES):
+            raise self.unusable(f"GET {path}", "a guest without a valid vmid")
+        return entries
 
     def node_status(self) -> Mapping[str, object]:
         """Return `pvesh get /nodes/NODE/status` (Sys.Audit on /nodes/NODE)."""
@@ -904,29 +1565,24 @@ class ProxmoxClient(Client):
         """Return `pvesh get /nodes/NODE/TYPE/VMID/config --current 1` (VM.Audit on /vms/VMID)."""
         return self.get(f"/nodes/{self.node}/{guest_type}/{vmid}/config?current=1", dict)
 
-    def backups(self, storage: str) -> list[Backup]:
-        """Return the newest backup of each guest on a storage (Datastore.Audit on it).
+    def archives(self, storage: str) -> Sequence[object]:
+        """Return the backups on a storage (Datastore.Audit on it).
 
-        Only a dry run of pruning shows backups to a read-only token:
-        `pvesh get /nodes/NODE/storage/STORAGE/prunebackups --prune-backups keep-all=1`.
+        `pvesh get /nodes/NODE/storage/STORAGE/prunebackups --prune-backups keep-all=1`: a GET
+        prunes nothing, and it is the only call that shows backups to a read-only token.
         """
         name = urllib.parse.quote(storage, safe="")
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
-        newest: dict[int, tuple[int, str]] = {}
-        for entry in self.get(path, list):
-            # A renamed file has no guest, and not the backup's date.
-            if lookup(entry, "mark") == "renamed":
-                continue
-            vmid, created = get_vmid(entry), get_int(entry, "ctime") or 0
-            volid = get_text(entry, "volid") or ""
-            # strftime cannot do every integer.
-            if not (vmid and volid and 0 < created < 2**32):
-                raise self.unexpected(f"GET {path}", "a backup without guest, name or date")
-            newest[vmid] = max(newest.get(vmid, (0, "")), (created, volid))
-        return [
-            Backup(vmid=vmid, storage=storage, volid=volid, created_at=format_time(created))
-            for vmid, (created, volid) in newest.items()
-        ]
+        return self.get(path, list)
+
+    def tasks(self, since: int) -> Sequence[object]:
+        """Return the newest tasks that have ended and began after a Unix time (Sys.Audit).
+
+        `pvesh get /nodes/NODE/tasks --source archive --since SECONDS --limit 50`; pveproxy answers
+        it itself.
+        """
+        query = f"source=archive&since={since}&limit={MAX_TASKS}"
+        return self.get(f"/nodes/{self.node}/tasks?{query}", list)
 
 
 # ---- systemd -------------------------------------------------------------------------------------
@@ -937,9 +1593,11 @@ class CloudflaredProber(Protocol):
         """Return the unit's state, or raise any exception."""
 
 
-@dataclass
 class SystemctlProber:
-    unit: str
+    """Asks systemd."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
 
     def probe(self) -> str:
         """Ask `systemctl is-active UNIT`.  Raises AgentError, OSError or TimeoutExpired."""
@@ -952,6 +1610,7 @@ class SystemctlProber:
             capture_output=True,
             timeout=SYSTEMCTL_SECONDS,
         )
+        # The exit status does not decide: it is not 0 for most states.
         state = done.stdout.decode(errors="replace").strip()
         if not re.fullmatch("[a-z-]{2,20}", state):
             reason = done.stderr.decode(errors="replace").partition("\n")[0] or "printed no state"
@@ -961,158 +1620,421 @@ class SystemctlProber:
 
 def notify(message: str) -> None:
     """Send a message to systemd if it listens (sd_notify(3)); never waits, never fails."""
-    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        # systemd's notation for the abstract namespace
+        address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(message.encode(), socket.MSG_DONTWAIT, address)
 
 
-def notify_status(status: str, watchdog_seconds: float) -> None:
-    """Send the status, and when systemd is to restart a silent agent."""
-    watchdog = f"WATCHDOG=1\nWATCHDOG_USEC={watchdog_seconds * 1e6:.0f}\n"
-    notify(f"READY=1\n{watchdog if 'WATCHDOG_USEC' in os.environ else ''}STATUS={status}")
+def notify_status(summary: str) -> None:
+    """Tell systemd that the agent is alive, and how it goes."""
+    notify(f"READY=1\nWATCHDOG=1\nSTATUS={summary}")
 
 
 # ---- collector -----------------------------------------------------------------------------------
 
+# Where the configuration has a guest's name
+CONFIG_NAME: Final = {"lxc": "hostname", "qemu": "name"}
+# No guest and no storage has this name.  What the token may do there it has inherited, so it may do
+# it at every guest or storage without an entry of its own in the ACL.
+NO_SUCH_ID: Final = "999999999"
 
-@dataclass
+
+def select(entries: Entries, *types: str) -> Entries:
+    """Return the entries of these types, sorted as in the report."""
+    chosen = [entry for entry in entries if entry.get("type") in types]
+    return sorted(chosen, key=lambda entry: (get_vmid(entry), str(entry.get("storage"))))
+
+
+def get_list_age(node_status: object, node_entry: object) -> int | None:
+    """Return how many seconds ago pvestatd measured what is listed, or None if that is unknown.
+
+    The status has the node's uptime now, the list its uptime at pvestatd's last round; the
+    difference is the list's age.
+    """
+    now = get_int(node_status, "uptime")
+    measured = get_int(node_entry, "uptime")
+    if now is None or measured is None:
+        return None
+    if now < measured:
+        # The list is from before a reboot.
+        return None
+    return now - measured
+
+
+def find_unmeasured(guests: Entries) -> str:
+    """Return which kinds of guests are all listed as unknown, in words, or an empty string.
+
+    If it is only one of several, it was just created.
+    """
+    kinds = []
+    for guest_type, kind in GUEST_TYPES.items():
+        of_type = select(guests, guest_type)
+        is_unmeasured = all(entry.get("status") == "unknown" for entry in of_type)
+        if is_unmeasured and len(of_type) > 1:
+            kinds.append(kind)
+    if guests and all(entry.get("status") == "unknown" for entry in guests):
+        kinds = ["guests"]
+    return " and ".join(kinds)
+
+
 class Collector:
     """Reads the node once and builds the report."""
 
-    proxmox: ProxmoxClient
-    cloudflared: CloudflaredProber
-    _: KW_ONLY
-    host_id: str
-    agent_version: str = __version__
-    logger: logging.Logger = LOG
+    def __init__(
+        self,
+        proxmox: ProxmoxClient,
+        cloudflared: CloudflaredProber,
+        *,
+        host_id: str,
+        agent_version: str = __version__,
+        logger: logging.Logger = LOG,
+    ) -> None:
+        self.proxmox = proxmox
+        self.cloudflared = cloudflared
+        self.host_id = host_id
+        self.agent_version = agent_version
+        # Virtual machines that the last report leaves out, because `qemu` is not among the extras
+        self.unreported_machines = 0
+        self._logger = logger
+        self._warn = WarnOnce(logger)
+        # The storage that did not answer in time, and when storages may be asked again
+        self._hung_storage = ""
+        self._pause_end = 0.0
 
-    def __post_init__(self) -> None:
-        self._warn = WarnOnce(self.logger)
+        # Types of entries in /cluster/resources
+        self._guest_types = ["lxc"]
+        if "qemu" in proxmox.extras:
+            self._guest_types.append("qemu")
+        self._storage_types: list[str] = []
+        if not proxmox.extras.isdisjoint({"storage", "backups"}):
+            self._storage_types.append("storage")
 
-    def collect(self, *, thorough: bool = False) -> HostReport:
-        """Return the report; `thorough` also checks the token's privileges on all other paths.
+    def collect(self, *, check_all_paths: bool = False) -> HostReport:
+        """Return the report.
 
-        Raises AgentError if the list, the node's status or the token's privileges cannot be read.
+        `check_all_paths` looks for the token's excess privileges on all paths, not only on those
+        that the agent reads.  Raises AgentError if the list or the node's status cannot be read,
+        or if the report might be false.
         """
-        self.proxmox.deadline = time.monotonic() + COLLECT_TIMEOUTS * self.proxmox.timeout_seconds
-        # Not kept from cycle to cycle: pveproxy closes an idle connection after 5 s.
-        with contextlib.closing(self.proxmox):
-            resources = self.proxmox.resources()
-            status = self.proxmox.node_status()
-            node = next(entry for entry in resources if entry["type"] == "node")
-            guests = [entry for entry in resources if entry["type"] in ("lxc", "qemu")]
-            storages = [entry for entry in resources if entry["type"] == "storage"]
-            self._check_token(guests, storages, thorough=thorough)
-            stale = self._check_age(status, node, guests)
-            host = build_host(self.proxmox.node, status, None if stale else node)
-            reported = self._read_guests(guests, host.cpu_count, stale)
-            targets, backups = self._read_storages(storages, stale)
+        seconds = COLLECT_TIMEOUT_FACTOR * self.proxmox.timeout_seconds
+        with self.proxmox.session(time.monotonic() + seconds):
+            cluster = self.proxmox.resources()
+            node_status = self.proxmox.node_status()
+
+            entries = [entry for entry in cluster if entry.get("node") == self.proxmox.node]
+            node_entry = select(entries, "node")[0]
+            guest_entries = select(entries, *self._guest_types)
+            storage_entries = select(entries, *self._storage_types)
+            self._check_token(guest_entries, storage_entries, check_all_paths)
+            self._check_rename(cluster, entries)
+
+            age = get_list_age(node_status, node_entry)
+            is_fresh = self._check_age(age, node_status, node_entry, guest_entries)
+            if not is_fresh:
+                node_entry = {}
+            host = build_host(self.proxmox.node, node_status, node_entry)
+            guests = self._read_guests(guest_entries, host.cpu_count, is_fresh)
+            storages, backups = self._read_storages(storage_entries, age, is_fresh)
+            audit_tail = self._read_tasks()
+
+        unit_state = self._attempt("cloudflared.status", self.cloudflared.probe)
+        machines = select(entries, "qemu")
+        self.unreported_machines = len(machines) - len(select(guest_entries, "qemu"))
         return HostReport(
             host_id=self.host_id,
             agent_version=self.agent_version,
-            host=host,
-            guests=tuple(reported),
-            cloudflared=Cloudflared(status=self._probe()),
             reported_at=format_time(),
-            storage_targets=tuple(targets),
+            host=host,
+            guests=tuple(guests),
+            cloudflared=Cloudflared(status=unit_state or "unknown"),
+            storage_targets=tuple(storages),
             backups=tuple(backups),
+            audit_tail=tuple(audit_tail),
         )
 
-    def _check_token(self, guests: Entries, storages: Entries, *, thorough: bool) -> None:
-        """Warn if the token may see too little, or do more than read.
+    def _attempt(self, topic: str, read: Callable[..., T], *arguments: object) -> T | None:
+        """Return read(*arguments), or None with a warning: a missing part stops no report."""
+        try:
+            value = read(*arguments)
+        except Exception as exc:
+            self._warn.update(topic, f"{topic} is unknown: {sanitize(describe(exc), 1000)}")
+            return None
+        self._warn.resolve(topic)
+        return value
 
-        Proxmox silently omits what it may not see.  Raises AgentError if that may be why a list is
-        empty.
+    def _check_token(self, guests: Entries, storages: Entries, check_all_paths: bool) -> None:
+        """Warn if the token may see too little, or can do more than read.
+
+        Raises AgentError if a list is empty and the token may be the reason.
         """
-        token = f"token {self.proxmox.token_id}"
-        granted: dict[str, object] = {}
         needed = [("VM.Audit", "/vms", guests)]
-        if "storage" in self.proxmox.entry_types:
+        if self._storage_types:
             needed.append(("Datastore.Audit", "/storage", storages))
-        for privilege, path, entries in needed:
-            granted |= self.proxmox.permissions(path)
-            lacks = f"{token} lacks {privilege} on {path}, so entries may be missing"
-            # 0 holds for the path alone.
-            holds = lookup(granted, path, privilege)
-            problem = "" if holds else f"{lacks}; {self.proxmox.grant_hint}"
-            if problem and not entries:
-                raise AgentError(problem)
-            self._warn.problem(f"{privilege} on {path}", problem)
-        # For the excess alone: without Sys.Audit, reading the status would have failed.
-        granted |= self.proxmox.permissions(f"/nodes/{self.proxmox.node}")
-        if thorough:
-            granted |= self.proxmox.permissions()
-        found = {name for names in granted.values() if isinstance(names, dict) for name in names}
-        excess = ", ".join(sorted(name for name in found if not name.endswith(".Audit")))
-        hint = "remove every role except PVEAuditor; pveum acl list shows them"
-        problem = f"{token} can do more than read: {sanitize(excess)}; {hint}" if excess else ""
-        self._warn.problem("excess privileges", problem)
 
-    def _check_age(self, status: object, node: object, guests: Entries) -> bool:
-        """Return whether the list is too old to believe; warn if pvestatd does not refresh it.
+        try:
+            privileges = {}
+            for _, area, _ in needed:
+                privileges[area] = self.proxmox.privileges(f"{area}/{NO_SUCH_ID}")
+            # Sys.Audit is not checked: without it, reading the status would have failed.
+            privileges["node"] = self.proxmox.privileges(f"/nodes/{self.proxmox.node}")
+            if check_all_paths:
+                privileges["all"] = self.proxmox.privileges()
+        except AgentError as exc:
+            # This serves only warnings, unless an empty list has to be explained.
+            if not all(entries for _, _, entries in needed):
+                raise
+            self._warn.update("token", f"the token could not be checked: {exc}")
+            return
 
-        Proxmox repeats the last values for 5 minutes, then says unknown.
+        self._warn.resolve("token")
+        for privilege, area, entries in needed:
+            self._check_view(privilege, area, privileges[area], entries)
+        self._check_excess(set().union(*privileges.values()))
+
+    def _check_view(
+        self, privilege: str, area: str, privileges: set[str], entries: Entries
+    ) -> None:
+        """Warn if the token may not see all entries.  Raises AgentError if there are none.
+
+        Proxmox does not refuse to list what a token may not see, it silently omits it.
         """
-        age = (get_int(status, "uptime") or 0) - (get_int(node, "uptime") or math.inf)
-        stale = not 0 <= age <= MAX_LIST_AGE_SECONDS
-        unknown = stale or {get_text(guest, "status") for guest in guests} == {"unknown"}
-        hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
-        problem = f"pvestatd has reported no guests in the last {MAX_LIST_AGE_SECONDS} s, so they"
-        self._warn.problem("pvestatd", f"{problem} are unknown; {hint}" if unknown else "")
-        return stale
+        topic = f"{privilege} on {area}"
+        problem = ""
+        if privilege not in privileges:
+            lacks = f"token {self.proxmox.token_id} lacks {topic}, so entries may be missing"
+            problem = f"{lacks}; {self.proxmox.hint(403)}"
+            if not entries:
+                raise AgentError(problem)
+        self._warn.update(topic, problem)
 
-    def _read_guests(self, entries: Entries, cpu_count: int | None, stale: bool) -> list[Guest]:
-        guests, failures = [], []
+    def _check_excess(self, privileges: set[str]) -> None:
+        """Warn if the token can do more than read."""
+        excess = sorted(name for name in privileges if not name.endswith(".Audit"))
+        problem = ""
+        if excess:
+            hint = "remove every role except PVEAuditor; pveum acl list shows them"
+            if self.proxmox.token_id.startswith("root@pam!"):
+                # root has all privileges, without any role.
+                hint = "use a token of a user of its own"
+            can = f"token {self.proxmox.token_id} can do more than read"
+            problem = f"{can}: {sanitize(', '.join(excess))}; {hint}"
+        self._warn.update("excess privileges", problem)
+
+    def _check_rename(self, cluster: Entries, entries: Entries) -> None:
+        """Warn if the node has no guests, but another one that is offline has."""
+        nodes = select(cluster, "node")
+        offline = {str(node.get("node")) for node in nodes if node.get("status") == "offline"}
+        names = {str(guest.get("node")) for guest in select(cluster, *GUEST_TYPES)} & offline
+        problem = ""
+        if names and not select(entries, *GUEST_TYPES):
+            others = sanitize(", ".join(sorted(names)))
+            problem = (
+                f"node {self.proxmox.node} has no guests, but {others}, which is offline, has; was "
+                "this host renamed? check proxmox.node, and the folders in /etc/pve/nodes"
+            )
+        self._warn.update("renamed node", problem)
+
+    def _check_age(
+        self, age: int | None, node_status: object, node_entry: object, guests: Entries
+    ) -> bool:
+        """Return whether the list is fresh enough to believe; warn if pvestatd does not measure.
+
+        Proxmox repeats pvestatd's last values for 5 minutes, and then lists all guests as unknown.
+        Raises AgentError after a boot until pvestatd's first round is over.
+        """
+        is_fresh = age is not None and age <= MAX_LIST_AGE_SECONDS
+        unmeasured = find_unmeasured(guests)
+        hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
+        problem = ""
+        if get_text(node_entry, "status") == "offline":
+            problem = (
+                f"Proxmox lists node {self.proxmox.node} as offline; check pvecm status, and "
+                "systemctl status corosync pve-cluster"
+            )
+        elif not is_fresh:
+            uptime = get_int(node_status, "uptime")
+            if uptime is not None and uptime < BOOT_SECONDS:
+                raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
+            problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so all "
+            problem += f"guests are unknown; {hint}"
+        elif unmeasured:
+            problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
+        self._warn.update("pvestatd", problem)
+        return is_fresh
+
+    def _read_guests(self, entries: Entries, cpu_count: int | None, is_fresh: bool) -> list[Guest]:
+        """Read each guest's configuration.
+
+        If that is refused, the list has what is needed.  If it fails, the guest is unknown.
+        """
+        guests = []
+        failures = []
         for entry in entries:
-            config = None
+            guest_type = str(entry["type"])
+            listed_status = "unknown"
+            if is_fresh:
+                listed_status = get_text(entry, "status") or "unknown"
+
+            status, config, spec = "unknown", None, None
             try:
-                config = self.proxmox.guest_config(get_vmid(entry), str(entry["type"]))
+                config = self.proxmox.guest_config(get_vmid(entry), guest_type)
+                status = listed_status
+                spec = build_spec(config, guest_type, cpu_count)
             except AgentError as exc:
-                failures.append(exc)
-            guests.append(build_guest(entry, config, cpu_count, stale=stale))
-        count = f"{len(failures)} of {len(guests)} guests are unknown"
-        self._warn.problem("guests", f"{count}, the first: {failures[0]}" if failures else "")
+                self._logger.debug("%s", exc)
+                is_refused = isinstance(exc, HTTPError) and exc.status == 403
+                if is_refused and listed_status != "unknown":
+                    # A guest that is listed may be seen, so this is not about VM.Audit.  Proxmox
+                    # refuses a configuration that holds a container's environment variables.
+                    status = listed_status
+                    spec = build_listed_spec(entry)
+                elif listed_status != "unknown":
+                    failures.append(exc)
+
+            details = None
+            if "details" in self.proxmox.extras:
+                is_running = status == "running"
+                details = build_details(entry, config, is_fresh=is_fresh, is_running=is_running)
+            # A new guest has its name only in its configuration.
+            name = get_text(entry, "name") or get_text(config, CONFIG_NAME[guest_type])
+            guests.append(
+                Guest(
+                    vmid=get_vmid(entry),
+                    type=guest_type,
+                    name=name or "",
+                    status=status,
+                    spec=spec,
+                    details=details,
+                )
+            )
+
+        # One warning for all, because they mostly have one cause.
+        problem = ""
+        if len(failures) == 1:
+            problem = f"a guest's configuration cannot be read, so it is unknown: {failures[0]}"
+        elif failures:
+            count = f"the configurations of {len(failures)} guests cannot be read"
+            problem = f"{count}, so they are unknown; the first: {failures[0]}"
+        self._warn.update("guests", problem)
         return guests
 
     def _read_storages(
-        self, entries: Entries, stale: bool
+        self, entries: Entries, age: int | None, is_fresh: bool
     ) -> tuple[list[StorageTarget], list[Backup]]:
-        """Return storages and newest backups; a storage whose backups cannot be read is unknown.
-
-        Only what pvestatd has just found available is asked: a storage that hangs blocks a worker
-        of pvedaemon for good.
-        """
-        targets: list[StorageTarget] = []
+        """Return the storages and, if these are on, the newest backups on them."""
+        reads_backups = "backups" in self.proxmox.extras
+        pause = self._find_pause(entries, age)
+        storages = []
         backups: list[Backup] = []
         for entry in entries:
-            target = build_storage(entry, stale=stale)
-            topic = f"storage {target.storage}"
-            holds_backups = "backup" in (get_text(entry, "content") or "").split(",")
-            # A Proxmox Backup Server has its own API, and its own token.
-            is_asked = holds_backups and target.status == "available" and target.type != "pbs"
-            try:
-                if is_asked and "backups" in self.proxmox.entry_types:
-                    backups += self.proxmox.backups(target.storage)
-                    self._warn.resolved(topic)
-            except AgentError as exc:
-                self._warn.problem(topic, f"{topic} is unknown: {exc}")
-                target = build_storage(entry, stale=True)
-            targets.append(target)
-        backups.sort(key=lambda backup: (backup.vmid, backup.storage))
-        return targets, backups
+            storage = build_storage(entry, is_fresh=is_fresh)
+            if reads_backups and holds_backups(entry) and storage.status == "available":
+                newest = None
+                if not pause:
+                    topic = f"storage {storage.storage}"
+                    newest = self._attempt(topic, self._read_backups, storage.storage)
+                    pause = self._find_pause(entries, age)
+                if newest is None:
+                    # An available storage without backups would claim that there are none.
+                    storage = build_storage(entry, is_fresh=False)
+                else:
+                    backups += newest
+            storages.append(storage)
 
-    def _probe(self) -> str:
-        state, problem = "unknown", ""
+        if not reads_backups or not is_fresh:
+            pause = ""
+        self._warn.update("backups", pause)
+        return storages, sorted(backups, key=lambda item: (item.vmid, item.type, item.storage))
+
+    def _find_pause(self, entries: Entries, age: int | None) -> str:
+        """Return why no storage is to be asked for its backups, or an empty string.
+
+        pvedaemon has three workers, and each request to a storage that hangs blocks one for good.
+        """
+        available = [entry.get("storage") for entry in entries if is_available(entry)]
+        if self._hung_storage not in available or time.monotonic() >= self._pause_end:
+            self._hung_storage = ""
+        if self._hung_storage:
+            return (
+                f"storage {self._hung_storage} did not answer in time, so no storage is asked for "
+                "its backups until Proxmox lists that one as not available, a day has passed, or "
+                "the agent is restarted; check pvesm status"
+            )
+        if age is None or age > MAX_STORAGE_AGE_SECONDS:
+            return (
+                "no storage is asked for its backups, since pvestatd has measured none in the last "
+                f"{MAX_STORAGE_AGE_SECONDS} s"
+            )
+        return ""
+
+    def _read_backups(self, storage: str) -> list[Backup]:
+        """Return the newest backups on a storage.  Raises AgentError."""
         try:
-            state = self.cloudflared.probe()
-        except Exception as exc:
-            # No prober may stop the heartbeat.
-            problem = f"cloudflared.status is unknown: {sanitize(describe(exc))}"
-        self._warn.problem("cloudflared.status", problem)
-        return state
+            archives = self.proxmox.archives(storage)
+        except AgentError as exc:
+            # 596: pveproxy itself has waited for 30 s.
+            is_596 = isinstance(exc, HTTPError) and exc.status == 596
+            if is_596 or isinstance(exc, RequestTimeout):
+                self._hung_storage = storage
+                self._pause_end = time.monotonic() + STORAGE_PAUSE_SECONDS
+            raise
+        backups, problem = build_backups(storage, archives)
+        if problem:
+            problem = f"storage {storage}: {problem}"
+        self._warn.update(f"archives on {storage}", problem)
+        return backups
+
+    def _read_tasks(self) -> Sequence[AuditEntry]:
+        if "tasks" not in self.proxmox.extras:
+            return ()
+        since = int(time.time()) - TASK_SECONDS
+        tasks = self._attempt("audit_tail", self.proxmox.tasks, since)
+        return build_audit_tail(tasks or ())
+
+
+def holds_backups(entry: Mapping[str, object]) -> bool:
+    """Return whether a storage may be asked; a Proxmox Backup Server has its own API and tokens."""
+    content = get_text(entry, "content") or ""
+    return "backup" in content.split(",") and entry.get("plugintype") != "pbs"
 
 
 # ---- hub client ----------------------------------------------------------------------------------
+
+
+class HubHandler(urllib.request.AbstractHTTPHandler):
+    """Lets urllib.request open our own connections."""
+
+    # It adds Host and Content-Length.
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__()
+        self.context = context
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        # For a loopback address alone, see load_config.
+        return self.do_open(lambda host, **_: Connection(host), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(lambda host, **_: TLSConnection(host, context=self.context), req)
+
+
+def find_proxy(address: str) -> str:
+    """Return the URL of the proxy to the hub, or an empty string.  Raises ConfigError."""
+    url = urllib.request.getproxies().get("https", "")
+    host = urllib.parse.urlsplit(f"//{address}").hostname
+    if not url or is_loopback(host) or urllib.request.proxy_bypass(address):
+        return ""
+    # TLSConnection speaks to no others, so that the proxy's password goes nowhere else.
+    if not re.fullmatch(r"http://([^@/:\s]+(:[^@/\s]*)?@)?[^@/\s]*[^@/:\s]:[0-9]{1,5}/?", url):
+        expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
+        raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
+    return url
 
 
 class HubClient(Client):
@@ -1120,136 +2042,128 @@ class HubClient(Client):
 
     section = "hub"
     server = "the hub"
-    where_to_look = "the hub's log"
+    hints = HUB_HINTS
     max_bytes = 1 << 20
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger = LOG) -> None:
-        super().__init__(config, "Bearer ", config.api_key)
-        self.headers |= dict.fromkeys(("Accept", "Content-Type"), "application/json")
-        self.headers["User-Agent"] = f"felhom-agent/{__version__}"
-        login = "check hub.api_key and hub.host_id, or remove another login in front of the hub"
-        gateway = "the web server in front of the hub cannot reach it"
-        self.hints = {
-            **dict.fromkeys((401, 403), login),
-            **dict.fromkeys((404, 405), f"check hub.url, to which {REPORT_PATH} is added"),
-            413: "let the hub, and the web server in front of it, accept 4 MiB",
-            429: "the hub asks the agent to wait",
-            # 520 to 526 are Cloudflare's.
-            **dict.fromkeys((502, 503, 504, *range(520, 527)), gateway),
-        }
-        self._logger = logger
+        super().__init__(config, logger)
         self._warn = WarnOnce(logger)
-        # urllib.request.build_opener would add a handler that follows redirects.
+        SECRETS.update({config.api_key} - {""})
+        self._headers = {
+            "Authorization": f"Bearer {config.api_key}",
+            "Accept": "application/json",
+            "Content-Type": "application/json",
+            "User-Agent": f"felhom-agent/{__version__}",
+        }
+        # Not build_opener: that would follow redirects.  This one returns every response as it is.
         self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(urllib.request.HTTPHandler())
-        self._opener.add_handler(HubHTTPSHandler(context=self.context))
-        proxy, host = urllib.request.getproxies().get("https", ""), self.netloc
-        bypass = urllib.request.proxy_bypass(host) or re.fullmatch(LOOPBACK + PORT, host)
-        if proxy and not bypass:
-            # Any other scheme would not encrypt the password either.
-            form = r"http://([^@/:\s]+(:[^@/\s]*)?@)?(?P<address>[^@/\s]*[^@/:\s]:[0-9]{1,5})/?"
-            match = re.fullmatch(form, proxy)
-            if not match:
-                expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
-                raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
-            self.via = f" through the proxy {match['address']}"
-            self._opener.add_handler(urllib.request.ProxyHandler())
+        self._opener.add_handler(HubHandler(self.context))
+        proxy = find_proxy(self.address)
+        if proxy:
+            # It calls set_tunnel, with Proxy-Authorization among the headers.
+            self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
+            self.address += f" through the proxy {proxy.rpartition('@')[2].removeprefix('http://')}"
+
+    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+        request = urllib.request.Request(self.url + path, body, self._headers, method=method)
+        response: http.client.HTTPResponse = self._opener.open(request)
+        return response
 
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's reply.  Raises TransportError or HTTPError."""
         reply = self.request("POST", REPORT_PATH, report.to_json().encode())
         envelope = build_envelope(reply)
-        self._logger.debug("%s", envelope)
-        name, problem = "poll_interval_seconds", ""
-        if name in reply and envelope.poll_interval_seconds is None:
-            problem = f"the hub's {name} is not an integer and is ignored"
-        self._warn.problem(name, problem)
+        self.logger.debug("%s", envelope)
+        problem = ""
+        if "poll_interval_seconds" in reply and envelope.poll_interval_seconds is None:
+            problem = "the hub's poll_interval_seconds is not an integer and is ignored"
+        self._warn.update("poll_interval_seconds", problem)
         return envelope
-
-    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self.url + path, body, self.headers, method=method)
-        response: http.client.HTTPResponse = self._opener.open(request)
-        return response
-
-    def failure_hint(self, exc: Exception) -> str:
-        # http.client has the proxy's status only in its message.
-        refused = re.search(r"Tunnel connection failed: ([0-9]+)", str(exc))
-        status = refused[1] if refused else ""
-        if status in ("401", "407"):
-            return "check user and password in https_proxy"
-        if status.startswith("5"):
-            return "the proxy cannot reach the hub; check hub.url"
-        if refused or (self.via and isinstance(exc, ConnectionRefusedError | socket.gaierror)):
-            return "check https_proxy, and that the proxy allows host and port; or set no_proxy"
-        return super().failure_hint(exc)
 
 
 # ---- loop ----------------------------------------------------------------------------------------
 
 
 def retry_delay(interval: float, failures: int, retry_after: int | None) -> float:
-    """Return the seconds to wait after `failures` in a row.
+    """Return the seconds to wait after this number of failures in a row.
 
-    15, 60, 240, … up to the interval, times 0.5 to 1; or Retry-After, up to an hour, times 1 to 2.
-    The random factor keeps agents from returning together.
+    15, 60, 240, … up to the interval, times 0.5 to 1.  Retry-After times 1 to 2 can only lengthen
+    that.  The random factors keep agents from returning together.
     """
-    if retry_after:
-        return min(retry_after, MAX_POLL_SECONDS) * random.uniform(1, 2)
-    return min(interval, FIRST_RETRY_SECONDS * 4.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1)
+    # After six steps every interval is reached; without a limit a float would overflow some day.
+    steps = min(failures - 1, 6)
+    delay = min(interval, FIRST_RETRY_SECONDS * 4.0**steps) * random.uniform(0.5, 1)
+    if retry_after is not None:
+        delay = max(delay, retry_after * random.uniform(1, 2))
+    return delay
 
 
-@dataclass
 class Loop:
     """Collects and reports forever."""
 
-    collector: Collector
-    client: HubClient
-    interval: float
-    _: KW_ONLY
-    logger: logging.Logger = LOG
-    clock: Callable[[], float] = time.monotonic
-    wait: Callable[[float], None] = time.sleep
-    # How long a cycle may take, for systemd's watchdog
-    cycle_seconds: float = 0
-
-    def __post_init__(self) -> None:
-        self._warn = WarnOnce(self.logger)
+    def __init__(
+        self,
+        collector: Collector,
+        client: HubClient,
+        interval: float,
+        *,
+        logger: logging.Logger = LOG,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.collector = collector
+        self.client = client
+        self.interval = interval
+        self.clock = clock
+        self.wait = wait
+        self._logger = logger
+        self._warn = WarnOnce(logger)
         self._failures = 0
 
     def run(self, cycles: float = math.inf) -> None:
         """Run the first cycle at once, each further one when due."""
         while cycles > 0:
             cycles -= 1
-            delay, status = self.cycle()
-            notify_status(f"{status}, next in {delay:.0f} s", delay + self.cycle_seconds)
+            delay, summary = self.cycle()
+            # No wait exceeds two hours; the unit's WatchdogSec= is three.
+            notify_status(f"{summary}, next in {delay:.0f} s")
             self.wait(delay)
 
     def cycle(self) -> tuple[float, str]:
-        """Collect and report once; return the seconds to wait, and how it went."""
-        began = self.clock()
+        """Collect and report once; return the seconds to wait, and a summary for systemd."""
+        start = self.clock()
         try:
             report = self.collector.collect()
-            requested = self.client.report(report).poll_interval_seconds
+            envelope = self.client.report(report)
         except Exception as exc:
+            # A bug must not stop the heartbeat either.
             return self._after_failure(exc)
-        self._warn.resolved("report", f", accepted after failed tries: {self._failures}")
+
+        self._warn.resolve("report", f" after {plural(self._failures, 'failed attempt')}")
         self._failures = 0
-        self.logger.debug("report accepted, %d guests", len(report.guests))
-        interval = self.interval if requested is None else clamp_poll(requested)
-        if interval != self.interval:
-            self.logger.info("interval is now %d s, the hub asked for %d s", interval, requested)
-            self.interval = interval
-        accepted = f"last report {time.strftime('%H:%M:%S')} accepted, {len(report.guests)} guests"
-        return max(0.0, began + self.interval - self.clock()), accepted
+        guests = plural(len(report.guests), "guest")
+        self._logger.debug("report accepted, %s", guests)
+
+        requested = envelope.poll_interval_seconds
+        if requested is not None and clamp_poll(requested) != self.interval:
+            self.interval = clamp_poll(requested)
+            text = "interval is now %d s, the hub asked for %d s"
+            self._logger.info(text, self.interval, requested)
+
+        delay = max(0.0, start + self.interval - self.clock())
+        return delay, f"last report {time.strftime('%H:%M:%S')} accepted, {guests}"
 
     def _after_failure(self, exc: Exception) -> tuple[float, str]:
-        # A bug must not stop the heartbeat either.
-        text = failure_message(exc)
+        """Log the failure; return the seconds to wait, and a summary for systemd."""
         self._failures += 1
-        self._warn.problem("report", text, traceback=not isinstance(exc, AgentError))
-        retry_after = getattr(exc, "retry_after", None)
+        problem = describe_failure(exc)
+        self._warn.update("report", problem, traceback=not isinstance(exc, AgentError))
+
+        retry_after = None
+        if isinstance(exc, HTTPError):
+            retry_after = exc.retry_after
         delay = retry_delay(self.interval, self._failures, retry_after)
-        return delay, f"failed tries: {self._failures}, the last: {sanitize(text, 200)}"
+        return delay, f"{plural(self._failures, 'failed attempt')}: {sanitize(problem, 200)}"
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1257,81 +2171,116 @@ class Loop:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 on success, 1 if collect or report failed, 2 if the configuration is invalid."""
-    about = "Report a Proxmox VE node to a hub."
-    parser = argparse.ArgumentParser("felhom-agent", description=about, allow_abbrev=False)
-    parser.add_argument("--config", metavar="PATH", help=f"default: {DEFAULT_PATH}")
-    parser.add_argument("--selftest", choices=("config", "proxmox", "hub"), help="check and exit")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="info")
-    parser.add_argument("--print", choices=("unit", "config"), help="print this file and exit")
-    parser.add_argument("--version", action="version", version=f"felhom-agent {__version__}")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(argv)
     if arguments.print:
+        # The files stand beside this one, in the archive, too.
         name = {"unit": "felhom-agent.service", "config": "agent.example.json"}[arguments.print]
         with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
             sys.stdout.buffer.write(file.read())
         return 0
+
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
-    LOG.handlers, LOG.propagate = [handler], False
+    LOG.handlers = [handler]
+    LOG.propagate = False
     LOG.setLevel(arguments.log_level.upper())
+
     hub = None
     try:
         config = load_config(arguments.config, os.environ)
         config.validate(hub=arguments.selftest != "proxmox")
-        prober = SystemctlProber(config.cloudflared.unit)
-        collector = Collector(ProxmoxClient(config.proxmox), prober, host_id=config.hub.host_id)
+        proxmox = ProxmoxClient(config.proxmox)
         if arguments.selftest != "proxmox":
             hub = HubClient(config.hub)
     except ConfigError as exc:
         for line in str(exc).split("\n"):
             LOG.error("%s", line)
         return 2
+
     if arguments.selftest == "config":
         print(json.dumps(config.redacted(), indent=2))
+        LOG.info("the configuration is valid")
         return 0
+
+    prober = SystemctlProber(config.cloudflared.unit)
+    collector = Collector(proxmox, prober, host_id=config.hub.host_id)
     if arguments.selftest or hub is None:
         return selftest(collector, hub)
     run_daemon(collector, hub, config.hub)
     return 0
 
 
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    about = "Report a Proxmox VE node to a hub, until a signal ends it."
+    parser = argparse.ArgumentParser("felhom-agent", description=about, allow_abbrev=False)
+    parser.add_argument("--config", metavar="PATH", help=f"default: {DEFAULT_PATH}")
+    parser.add_argument(
+        "--selftest",
+        choices=("config", "proxmox", "hub"),
+        help="config: check the configuration; proxmox: also read the node, and print the report; "
+        "hub: also send it; then exit",
+    )
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, default="info")
+    parser.add_argument(
+        "--print",
+        choices=("unit", "config"),
+        help="unit: print felhom-agent.service; config: print agent.example.json; then exit",
+    )
+    parser.add_argument("--version", action="version", version=f"felhom-agent {__version__}")
+    return parser.parse_args(argv)
+
+
 def selftest(collector: Collector, hub: HubClient | None) -> int:
     """Collect once, send the report if there is a hub, and print both as JSON."""
     result: dict[str, Any] = {}
+    verdict = f"node {collector.proxmox.node} was read without a failure"
     try:
         if hub is None:
             LOG.info("Proxmox VE %s", collector.proxmox.version())
-        report = collector.collect(thorough=hub is None)
+        report = collector.collect(check_all_paths=hub is None)
         result["report"] = json.loads(report.to_json())
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
+            verdict = f"report accepted by {hub.url}"
     except Exception as exc:
-        result["error"] = failure_message(exc)
+        result["error"] = describe_failure(exc)
         LOG.error("%s", result["error"], exc_info=not isinstance(exc, AgentError))
+
     if "report" in result:
-        # Empty if there is no hub section.
-        if not report.host_id:
-            del result["report"]["host_id"]
-        print(json.dumps(result["report"] if hub is None else result, indent=2))
-    return 1 if "error" in result else 0
+        document = result
+        if hub is None:
+            document = result["report"]
+            if not report.host_id:
+                # There need not be a hub section.
+                del document["host_id"]
+        print(json.dumps(document, indent=2))
+    if collector.unreported_machines:
+        are = "virtual machine is" if collector.unreported_machines == 1 else "virtual machines are"
+        text = "%d %s not reported; add qemu to proxmox.extras"
+        LOG.info(text, collector.unreported_machines, are)
+    if "error" in result:
+        return 1
+    LOG.info("%s", verdict)
+    return 0
 
 
 def run_daemon(collector: Collector, hub: HubClient, config: HubConfig) -> None:
-    def stop(number: int, _: object) -> None:
+    """Report until a signal ends the process."""
+
+    def stop(*_: object) -> None:
+        # Nothing is logged, because standard error may be a pipe that nobody reads; systemd logs
+        # it anyway.  Not sys.exit: it raises an exception, which a finalizer can swallow.
         notify("STOPPING=1")
-        LOG.info("stopped by %s", signal.Signals(number).name)
-        # Not sys.exit, whose exception a finalizer can lose.
         os._exit(0)
 
-    cycle_seconds = COLLECT_TIMEOUTS * collector.proxmox.timeout_seconds + hub.timeout_seconds
-    cycle_seconds += SYSTEMCTL_SECONDS + DNS_SECONDS
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    started = "started version=%s host_id=%s url=%s interval=%d"
-    LOG.info(started, __version__, config.host_id, config.url, config.poll_seconds)
-    notify_status("preparing the first report", cycle_seconds)
-    Loop(collector, hub, config.poll_seconds, cycle_seconds=cycle_seconds).run()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+    text = "started version=%s host_id=%s url=%s interval=%d"
+    LOG.info(text, __version__, config.host_id, config.url, config.poll_seconds)
+    notify_status("preparing the first report")
+    Loop(collector, hub, config.poll_seconds).run()
 
 
 if __name__ == "__main__":
