@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 from collections.abc import Callable
 
@@ -25,24 +24,15 @@ SECRET = "5f0e9a7c-2d41-4c8b-9d7e-0a1b2c3d4e5f"
         pytest.param("a\u2028b\u202eb", "a\\x2028b\\x202eb", id="line separator, text direction"),
         pytest.param("a\ud800b", "a\\xd800b", id="lone surrogate"),
         pytest.param("x" * 300, "x" * 300, id="just short enough"),
-        pytest.param("x" * 301, "x" * 300 + "…", id="too long"),
+        pytest.param("x" * 301, "x" * 299 + "…", id="too long"),
         pytest.param("x" * 295 + SECRET, "x" * 295 + "***", id="secret at the cut"),
+        pytest.param(f"[{SECRET}] [{SECRET}]", "[***] [***]", id="secret twice"),
         pytest.param(f"a {SECRET}-b", "a ***", id="secret that begins with the other"),
     ],
 )
 def test_text_is_shown_as_one_printable_line(text: str, shown: str) -> None:
-    agent.SECRETS.update(proxmox=SECRET, hub=f"{SECRET}-b")
+    agent.SECRETS.update({SECRET, f"{SECRET}-b"})
     assert agent.sanitize(text) == shown
-
-
-@pytest.mark.parametrize("secret", [SECRET, "a'b\"c\\d/e+f=g%h&i$j<k~>?", "~"])
-def test_secret_is_masked_as_it_is_and_in_base64(
-    monkeypatch: pytest.MonkeyPatch, secret: str
-) -> None:
-    encoded = base64.b64encode(secret.encode()).decode()
-    monkeypatch.setitem(agent.SECRETS, "hub", secret)
-    shown = agent.sanitize(f"[{secret}] [{encoded}] [{secret}]")
-    assert shown.replace("=", "") == "[***] [***] [***]"
 
 
 def test_errors_of_a_server_say_status_and_when_to_come_back() -> None:
@@ -56,7 +46,7 @@ def test_errors_of_a_server_say_status_and_when_to_come_back() -> None:
 
 
 def format_line(level: str, text: str, error: Exception | None = None) -> str:
-    agent.SECRETS.update(proxmox=SECRET, hub="")
+    agent.SECRETS.add(SECRET)
     traceback = (type(error), error, None) if error else None
     number = logging.getLevelNamesMapping()[level]
     record = logging.LogRecord("tests", number, __file__, 1, "%s", (text,), traceback)
