@@ -22,6 +22,8 @@ import lab
 
 LOG: Final = logging.getLogger("tests")
 MODULE: Final = Path(agent.__file__)
+# All that proxmox.extras may name, as documented.
+EXTRAS: Final = ("qemu", "storage", "backups", "details", "tasks")
 # How long a client waits in a test for a server that never answers; the configuration takes whole
 # seconds, a client any.  If others do answer in that test, they need the limit of a busy machine.
 SOON: Final[Any] = 0.2

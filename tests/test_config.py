@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 import felhom_agent as agent
-from support import MODULE, messages
+from support import EXTRAS, MODULE, messages
 
 TOKEN_SECRET: Final = "5f0e9a7c-2d41-4c8b-9d7e-0a1b2c3d4e5f"
 API_KEY: Final = "k3y'with\"all$sorts"
@@ -31,6 +32,11 @@ KEYS: Final[Mapping[str, type]] = {
     for section, defaults in SECTIONS.items()
     for item in dataclasses.fields(defaults)
 }
+RULES: Final[Mapping[str, Mapping[Any, Any]]] = {
+    f"{section}.{item.name}": item.metadata
+    for section, defaults in SECTIONS.items()
+    for item in dataclasses.fields(defaults)
+}
 INTEGERS: Final = [key for key in KEYS if KEYS[key] is int]
 URLS: Final = [key for key in KEYS if key.endswith(".url")]
 CA_FILES: Final = [key for key in KEYS if key.endswith(".ca_file")]
@@ -39,6 +45,7 @@ SECRETS: Final = ["proxmox.token_secret", "hub.api_key"]
 NOT_HTTPS: Final = [
     *("http://hub.example.com", "http://192.168.1.1:8006", "http://0.0.0.0", "http://[::]"),
     *("http://localhost.example.com", "http://127.0.0.1.example.com", "http://127.1"),
+    *("http://127-0-0-1", "http://128.0.0.1", "http://[::2]"),
 ]
 GOOD_URLS: Final = [
     *("https://h", "https://h/", "https://192.0.2.1:8006", "https://[2001:db8::1]:8006"),
@@ -47,10 +54,25 @@ GOOD_URLS: Final = [
 ]
 BAD_URLS: Final = [
     *("hub.example.com", "localhost:8006", "https://", "https:h", "https://:443", "/etc/passwd"),
-    *("https://h:x", "https://[::1", "https://h x", "https://h\n", "https://h\r\nX: y", "//h"),
-    *("ht\ttps://h", "https://hüb.example.com", "ftp://localhost", " https://h", "https://h/ü"),
+    *(
+        "https://h:x",
+        "https://h:0",
+        "https://h:65536",
+        "https://[::1",
+        "https://h x",
+        "https://h\n",
+        "//h",
+    ),
+    *(
+        "https://h\r\nX: y",
+        "ht\ttps://h",
+        "https://hüb.example.com",
+        "ftp://localhost",
+        " https://h",
+        "https://h/ü",
+    ),
     # urllib.request would read it as another host, and so perhaps use a proxy.
-    "https://hub%2eexample.com",
+    *("https://hub%2eexample.com", "https://h/a%20b"),
     *("https://user:pw@h", "https://pw@h", "https://h?key=pw", "https://h#pw", "https://h:x@pw"),
     *("http://user:pw@h", "http://h?key=pw"),
 ]
@@ -66,7 +88,7 @@ ACCEPTED: Final[Mapping[str, list[Any]]] = {
     "proxmox.ca_file": ["/etc/ca.pem"],
     "proxmox.fingerprint": [":".join(["AB"] * 32), "0f" * 32],
     "proxmox.timeout_seconds": [1, 9, 10, 99, 100, 299, 300],
-    "proxmox.extras": [[], ["qemu"], ["backups", "storage", "qemu"]],
+    "proxmox.extras": [[], *([name] for name in EXTRAS), [*EXTRAS]],
     "hub.url": [*GOOD_URLS, "https://h/a/prefix", "https://h:8443/a/prefix/"],
     "hub.host_id": ["x", "Küche 3", "a" * 255, "host/1#2"],
     "hub.api_key": [API_KEY, "a:b@c/d?e"],
@@ -175,8 +197,7 @@ def test_defaults(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "pve7.example.com")
     shown = load({}).redacted()
     defaults = {f"{name}.{key}": value for name in shown for key, value in shown[name].items()}
-    assert set(defaults) == set(KEYS)
-    assert {key: value for key, value in defaults.items() if value} == {
+    assert {key: defaults[key] for key in ACCEPTED if defaults[key]} == {
         "proxmox.url": "https://127.0.0.1:8006",
         "proxmox.node": "pve7",
         "proxmox.timeout_seconds": 10,
@@ -198,14 +219,14 @@ def test_example_lacks_nothing_but_its_secrets() -> None:
     assert problems(agent.load_config(path, environ)) == {}
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ACCEPTED)
 def test_wrong_type_is_refused_unless_the_environment_mends_it(load: Load, key: str) -> None:
     for value in WRONG_TYPES[KEYS[key]]:
         assert problems(load(with_value(key, value)))[key].startswith("must be "), value
         assert problems(load(with_value(key, value), with_variable(key, ACCEPTED[key][-1]))) == {}
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ACCEPTED)
 def test_empty_variable_counts_as_unset(
     load: Load, caplog: pytest.LogCaptureFixture, key: str
 ) -> None:
@@ -226,10 +247,6 @@ def test_authz_is_accepted_and_not_read(load: Load, caplog: pytest.LogCaptureFix
     assert warnings(caplog) == []
 
 
-def test_every_key_is_judged() -> None:
-    assert set(KEYS) == set(agent.FORMS) == set(ACCEPTED) == {*REFUSED, "hub.poll_seconds"}
-
-
 @pytest.mark.parametrize(("key", "value"), rows(ACCEPTED))
 def test_value_is_accepted(load_value: Load, key: str, value: object) -> None:
     config = load_value(key, value)
@@ -239,7 +256,7 @@ def test_value_is_accepted(load_value: Load, key: str, value: object) -> None:
 
 @pytest.mark.parametrize(("key", "value"), rows(REFUSED))
 def test_value_is_refused_without_being_shown(load: Load, key: str, value: object) -> None:
-    assert problems(load(with_value(key, value))) == {key: f"must be {agent.FORMS[key][1]}"}
+    assert problems(load(with_value(key, value))) == {key: f"must be {RULES[key]['expected']}"}
 
 
 @pytest.mark.parametrize("key", URLS)
@@ -252,13 +269,18 @@ def test_secrets_go_nowhere_without_tls(load_value: Load, key: str, url: str) ->
     ("key", "value", "hint"),
     [
         ("hub.host_id", " lead", "without spaces at the ends"),
-        ("hub.url", "https://hüb.example.com", "xn--"),
+        ("hub.url", "https://hüb.example.com", "ASCII (xn--…)"),
+        *(
+            ("hub.url", f"https://{rest}", "without user, query, fragment or %")
+            for rest in ("bob:pw@h", "bob@h/", "h?key=pw", "h/#top", "h/a%20b")
+        ),
         ("proxmox.url", "https://h:8006/api2/json", "https://host[:port]"),
         ("proxmox.node", "pve1.example.com", "short name"),
         ("proxmox.node", "https://pve1", "short name"),
         ("proxmox.ca_file", "pve-root-ca.pem", "absolute path"),
-        ("proxmox.extras", ["pbs"], "qemu, storage, backups"),
+        ("proxmox.extras", ["pbs"], ", ".join(EXTRAS)),
         ("proxmox.token_id", "root@pam", "user@realm!tokenname"),
+        ("proxmox.token_id", "jürgen@ad!mon", "in ASCII"),
         ("proxmox.timeout_seconds", 0, "1 to 300"),
         ("hub.timeout_seconds", 301, "1 to 300"),
         ("cloudflared.unit", "a b", "systemd unit"),
@@ -274,7 +296,7 @@ def test_problem_says_what_is_expected(
 # ---- environment ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ACCEPTED)
 def test_environment_wins_over_the_file(load: Load, key: str) -> None:
     given = {int: 61, str: "/file", tuple: ["storage"]}[KEYS[key]]
     config = load(with_value(key, given), with_variable(key, ACCEPTED[key][-1]))
@@ -419,17 +441,31 @@ def test_file_that_was_named_must_be_readable(
 
 
 @pytest.mark.parametrize("mode", [0o400, 0o600, 0o700, 0o640, 0o604, 0o644, 0o440], ids=oct)
-def test_file_that_others_may_read_is_warned_of(
+def test_file_that_others_may_read_is_warned_of_with_a_line_to_paste(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:
-    path = write_named(tmp_path / "folder")
+    path = write_named(tmp_path / "it's mine")
     os.chmod(path, mode)
-    # The mode of a credential is systemd's own.
+    # systemd itself decides about the mode of a credential.
     agent.load_config(None, {"CREDENTIALS_DIRECTORY": os.path.dirname(path)})
     assert warnings(caplog) == []
     agent.load_config(path, {})
-    told = [f"chmod 600 {path}" in text for text in warnings(caplog)]
-    assert told == ([True] if mode & 0o044 else [])
+    commands = [shlex.split(text.partition(" run: ")[2]) for text in warnings(caplog)]
+    assert commands == ([["chmod", "600", path]] if mode & 0o044 else [])
+
+
+def test_file_that_only_root_may_read_says_so(tmp_path: Path) -> None:
+    path = write_named(tmp_path / "folder")
+    os.chmod(path, 0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(agent.ConfigError) as caught:
+            agent.load_config(path, {})
+    finally:
+        os.seteuid(user)
+    assert str(caught.value) == f"config: {path}: Permission denied; run this as root"
 
 
 @pytest.mark.parametrize("key", CA_FILES)
@@ -458,11 +494,28 @@ def test_ca_file_without_a_certificate_is_refused(
     path = tmp_path / "ca.pem"
     if content is not None:
         path.write_text(content, "ascii")
-    told = rf"\.ca_file: {path}: no usable PEM file \({problem}"
+    told = rf"\.ca_file: {path}: no usable PEM file \({problem}[^;]*$"
     with pytest.raises(agent.ConfigError, match=rf"^config: proxmox{told}"):
         agent.ProxmoxClient(agent.ProxmoxConfig(ca_file=str(path)))
     with pytest.raises(agent.ConfigError, match=rf"^config: hub{told}"):
         agent.HubClient(agent.HubConfig(url="https://h", ca_file=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("ca_file", "told"),
+    [
+        ("/etc/pve/no-such-ca.pem", "No such file.*; check systemctl status pve-cluster"),
+        ("/\ud800", r"^config: proxmox\.ca_file: /\\xd800: no usable PEM file \("),
+        ("/a\x00b", "must be an absolute path"),
+    ],
+    ids=["pmxcfs is down", "lone surrogate", "NUL"],
+)
+def test_ca_file_that_cannot_be_is_one_line(load: Load, ca_file: str, told: str) -> None:
+    config = load(with_value("proxmox.ca_file", ca_file))
+    with pytest.raises(agent.ConfigError, match=told) as caught:
+        config.validate()
+        agent.ProxmoxClient(config.proxmox)
+    assert str(caught.value).isprintable()
 
 
 # ---- secrets -------------------------------------------------------------------------------------
