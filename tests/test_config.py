@@ -54,25 +54,11 @@ GOOD_URLS: Final = [
 ]
 BAD_URLS: Final = [
     *("hub.example.com", "localhost:8006", "https://", "https:h", "https://:443", "/etc/passwd"),
-    *(
-        "https://h:x",
-        "https://h:0",
-        "https://h:65536",
-        "https://[::1",
-        "https://h x",
-        "https://h\n",
-        "//h",
-    ),
-    *(
-        "https://h\r\nX: y",
-        "ht\ttps://h",
-        "https://hüb.example.com",
-        "ftp://localhost",
-        " https://h",
-        "https://h/ü",
-    ),
+    *("https://h:x", "https://h:0", "https://h:65536", "https://[::1", "https://h x", "//h"),
+    *("https://h\n", "https://h\r\nX: y", "ht\ttps://h", "https://hüb.example.com", "https://h/ü"),
+    *("ftp://localhost", " https://h", "https://h/a%20b"),
     # urllib.request would read it as another host, and so perhaps use a proxy.
-    *("https://hub%2eexample.com", "https://h/a%20b"),
+    "https://hub%2eexample.com",
     *("https://user:pw@h", "https://pw@h", "https://h?key=pw", "https://h#pw", "https://h:x@pw"),
     *("http://user:pw@h", "http://h?key=pw"),
 ]
@@ -105,7 +91,7 @@ REFUSED: Final[Mapping[str, list[Any]]] = {
         *("root@pam!x\n", "x@pam!x\r\nA: b", f"root@pam!x={TOKEN_SECRET}"),
     ],
     "proxmox.token_secret": BAD_SECRETS,
-    "proxmox.ca_file": ["ca.pem", "./ca.pem", "~/ca.pem"],
+    "proxmox.ca_file": ["ca.pem", "./ca.pem", "~/ca.pem", "/a\x00b"],
     "proxmox.fingerprint": ["ab", "ab" * 31, "ab" * 33, "gg" * 32, " " + "ab" * 32],
     "proxmox.timeout_seconds": [0, -1, 301, 10**30],
     "proxmox.extras": [["pbs"], ["QEMU"], ["qemu", "lxc"], ["qemu,storage"]],
@@ -502,19 +488,16 @@ def test_ca_file_without_a_certificate_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("ca_file", "told"),
+    ("ca_file", "problem"),
     [
-        ("/etc/pve/no-such-ca.pem", "No such file.*; check systemctl status pve-cluster"),
-        ("/\ud800", r"^config: proxmox\.ca_file: /\\xd800: no usable PEM file \("),
-        ("/a\x00b", "must be an absolute path"),
+        ("/etc/pve/no-such-ca.pem", r"No such file.*; check systemctl status pve-cluster"),
+        ("/\ud800", r"/\\xd800: no usable PEM file"),
     ],
-    ids=["pmxcfs is down", "lone surrogate", "NUL"],
+    ids=["pmxcfs is down", "lone surrogate"],
 )
-def test_ca_file_that_cannot_be_is_one_line(load: Load, ca_file: str, told: str) -> None:
-    config = load(with_value("proxmox.ca_file", ca_file))
-    with pytest.raises(agent.ConfigError, match=told) as caught:
-        config.validate()
-        agent.ProxmoxClient(config.proxmox)
+def test_ca_file_that_cannot_be_there_is_one_line(ca_file: str, problem: str) -> None:
+    with pytest.raises(agent.ConfigError, match=problem) as caught:
+        agent.ProxmoxClient(agent.ProxmoxConfig(ca_file=ca_file))
     assert str(caught.value).isprintable()
 
 
