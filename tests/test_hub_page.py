@@ -44,7 +44,7 @@ def make_guests(count: int) -> list[dict[str, Any]]:
 def make_backups(count: int) -> list[dict[str, Any]]:
     volume = "backup-nas:backup/vzdump-lxc-{}-2026_06_08-02_00_03.tar.zst"
     backup = {"storage": "backup-nas", "created_at": "2026-06-08T02:00:03Z"}
-    empty = {"size_bytes": None, "verified": None}
+    empty = {"type": "lxc", "size_bytes": None, "verified": None}
     vmids = range(100, 100 + count)
     return [{"vmid": vmid, "volid": volume.format(vmid), **backup, **empty} for vmid in vmids]
 
@@ -103,7 +103,8 @@ def test_every_schema_is_of_draft_2020_12_and_on_the_page(path: Path) -> None:
 
 LATER: Final = {
     "a-field": make_document(disks=[]),
-    "a-field-of-a-guest": make_document(guests=[{**make_guests(1)[0], "tags": []}]),
+    "a-field-of-a-guest": make_document(guests=[{**make_guests(1)[0], "disks": []}]),
+    "some-of-the-details": make_document(guests=[{**make_guests(1)[0], "tags": []}]),
     "a-type-of-guest": make_document(guests=[{**make_guests(1)[0], "type": "oci"}]),
     "a-status-without-spec": make_document(
         guests=[{"vmid": 1000, "type": "lxc", "name": "x", "status": "x", "controller_version": ""}]
