@@ -10,6 +10,8 @@ from pathlib import Path, PurePath
 
 import pytest
 
+import felhom_agent as agent
+
 ROOT = Path(__file__).parent.parent
 UNIT = ROOT / "felhom-agent.service"
 LINES = UNIT.read_text("utf-8").replace("\\\n", "").splitlines()
@@ -41,6 +43,12 @@ def test_service_gets_the_ca_of_the_example_under_its_own_name() -> None:
     example = json.loads((ROOT / "agent.example.json").read_text("utf-8"))
     ca_file = example["proxmox"]["ca_file"]
     assert ("LoadCredential", f"{PurePath(ca_file).name}:{ca_file}") in SETTINGS
+
+
+def test_watchdog_outlasts_the_longest_wait() -> None:
+    """After Retry-After of an hour the agent waits two, and one message a cycle is all it sends."""
+    assert ("WatchdogSec", "3h") in SETTINGS
+    assert max(agent.retry_delay(3600, 9, 3600) for _ in range(100)) <= 2 * 3600
 
 
 @needs_systemd_analyze
