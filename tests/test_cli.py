@@ -10,16 +10,27 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import pytest
 
 import felhom_agent as agent
 import lab
-from support import HANG_SECONDS, LOG, MODULE, Daemon, Outcome, install_systemctl, messages
+from support import (
+    HANG_SECONDS,
+    MODULE,
+    Daemon,
+    Outcome,
+    install_systemctl,
+    make_hub_client,
+    messages,
+)
 
 OK, FAILED, INVALID = 0, 1, 2
 TOKEN_SECRET: Final = lab.SimulatedNode(None).token_secret
@@ -90,6 +101,15 @@ def test_wrong_usage(call: Run, arguments: str) -> None:
     assert outcome.err.startswith("usage: felhom-agent ")
 
 
+def test_help_says_what_each_choice_does(call: Run) -> None:
+    outcome = call("--help")
+    assert (outcome.status, outcome.err) == (OK, "")
+    told = " ".join(outcome.out.split())
+    assert "config: check the configuration; proxmox: also read the node, and print" in told
+    assert "hub: also send it; then exit" in told
+    assert "unit: print felhom-agent.service; config: print agent.example.json" in told
+
+
 @pytest.mark.parametrize(
     ("name", "file"), [("unit", "felhom-agent.service"), ("config", "agent.example.json")]
 )
@@ -104,7 +124,7 @@ def test_selftest_of_the_configuration_prints_what_is_in_effect(
 ) -> None:
     monkeypatch.setenv("FELHOM_AGENT_HUB_HOST_ID", "of the environment")
     outcome = run(CONFIG, proxmox={"token_secret": "hunter2"}, hub={"api_key": "hunter3"})
-    assert (outcome.status, outcome.err) == (OK, "")
+    assert outcome.status == OK
     config = agent.load_config(str(tmp_path / "agent.json"), os.environ)
     assert outcome.document == json.loads(json.dumps(config.redacted()))
     assert outcome.document["hub"]["host_id"] == "of the environment"
@@ -128,13 +148,42 @@ def test_invalid_configuration_has_a_line_for_each_problem(run: Run, mode: str) 
 
 @ALL_MODES
 @pytest.mark.parametrize("section", ["proxmox", "hub"])
-def test_ca_file_is_read_at_the_start(run: Run, mode: str, section: str) -> None:
-    outcome = run(mode, **{section: {"ca_file": "/nonexistent/ca.pem"}})
+@pytest.mark.parametrize("path", ["/nonexistent/ca.pem", "/\ud800"], ids=ascii)
+def test_ca_file_is_read_at_the_start(run: Run, mode: str, section: str, path: str) -> None:
+    outcome = run(mode, **{section: {"ca_file": path}})
     if (mode, section) == (PROXMOX, "hub"):
         assert outcome.status == OK
     else:
         (line,) = errors(outcome)
-        assert line.startswith(f"config: {section}.ca_file: /nonexistent/ca.pem: ")
+        shown = path.replace("\ud800", "\\xd800")
+        assert line.startswith(f"config: {section}.ca_file: {shown}: no usable PEM file (")
+
+
+# No provider has the algorithms that this demands.
+FIPS: Final = """
+openssl_conf = openssl_init
+[openssl_init]
+alg_section = evp_properties
+[evp_properties]
+default_properties = fips=yes
+"""
+
+
+@pytest.mark.parametrize("mode", ["", CONFIG], ids=["daemon", CONFIG])
+def test_openssl_that_refuses_is_an_invalid_configuration(
+    agent_config: Path, tmp_path: Path, mode: str
+) -> None:
+    (tmp_path / "openssl.cnf").write_text(FIPS, "ascii")
+    done = subprocess.run(
+        [sys.executable, str(MODULE), "--config", str(agent_config), *mode.split()],
+        env={"OPENSSL_CONF": str(tmp_path / "openssl.cnf")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    (line,) = errors(Outcome(done.returncode, done.stdout, done.stderr))
+    assert line.startswith("config: this host's OpenSSL refuses TLS (")
 
 
 # ---- the proxy -----------------------------------------------------------------------------------
@@ -166,6 +215,43 @@ def test_proxy_of_another_form_is_refused_at_the_start(
 
 
 # ---- self-tests ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict"),
+    [
+        (CONFIG, "the configuration is valid"),
+        (PROXMOX, "node pve1 was read without a failure"),
+        (HUB, "report accepted by {url}"),
+    ],
+)
+def test_selftest_ends_with_its_verdict(
+    run: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub, mode: str, verdict: str
+) -> None:
+    node.guests = lab.many_guests(1)
+    outcome = run(mode, "--log-level=info")
+    assert (outcome.status, bool(outcome.document)) == (OK, True)
+    assert outcome.err.endswith(f" INFO {verdict.format(url=hub.url)}\n")
+    assert run(mode, "--log-level=warning").err == ""
+
+
+@COLLECTING
+@pytest.mark.parametrize(
+    ("count", "extras", "told"),
+    [
+        (0, [], None),
+        (1, [], "1 virtual machine is not reported; add qemu to proxmox.extras"),
+        (3, ["storage"], "3 virtual machines are not reported; add qemu to proxmox.extras"),
+        (3, ["qemu"], None),
+    ],
+)
+def test_selftest_says_which_machines_are_left_out(
+    run: Run, node: lab.SimulatedNode, mode: str, count: int, extras: list[str], told: str | None
+) -> None:
+    node.vms = lab.many_vms(count)
+    outcome = run(mode, proxmox={"extras": extras})
+    found = [line.partition(" INFO ")[2] for line in outcome.err.splitlines() if "machine" in line]
+    assert (outcome.status, found) == (OK, [told] if told else [])
 
 
 def test_selftest_of_proxmox_prints_the_report(
@@ -244,23 +330,47 @@ def test_selftest_whose_collect_fails_prints_nothing(
     outcome = run(mode)
     assert (outcome.status, outcome.out) == (FAILED, "")
     assert outcome.err.count(" ERROR GET /") == 1
+    assert "Traceback" not in outcome.err
     assert node.token_secret not in outcome.err
 
 
 class Broken:
     """A collector with a bug."""
 
+    proxmox = SimpleNamespace(node="pve1")
+    unreported_machines = 0
+
     def collect(self, **_options: object) -> agent.HostReport:
         raise ZeroDivisionError
 
 
-def test_bug_in_a_selftest_fails_without_a_report(log: pytest.LogCaptureFixture) -> None:
-    hub = agent.HubClient(
-        agent.HubConfig(url="http://127.0.0.1:1", api_key="key-of-this-test"), logger=LOG
-    )
+def test_bug_in_a_selftest_fails_without_a_report_and_with_a_traceback(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    hub = make_hub_client(lab.SimulatedHub(None))
     assert agent.selftest(cast(agent.Collector, Broken()), hub) == FAILED
     ((level, text),) = messages(log)
     assert (level, "bug in the agent" in text) == ("ERROR", True)
+    assert "ZeroDivisionError" in log.text.partition("Traceback")[2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [(lab.Usual(), "200"), (lab.Reply(503), "503"), (lab.Cut(), "no response")],
+    ids=["200", "503", "cut"],
+)
+def test_each_request_is_logged_at_the_debug_level_alone(
+    run: Run, node: lab.SimulatedNode, hub: lab.SimulatedHub, answer: lab.Answer, result: str
+) -> None:
+    node.guests = lab.many_guests(2)
+    hub.script("", lab.Forever(answer))
+    assert " DEBUG " not in run(HUB).err
+    node.requests.clear()
+    log = run(HUB, "--log-level=debug").err
+    found = re.findall(r" DEBUG (GET|POST) (\S+): (.*), \d+ ms\n", log)
+    expected = [(each.method, each.path.removeprefix(node.base), "200") for each in node.requests]
+    assert found == [*expected, ("POST", "/api/v1/host-report", result)]
+    assert [secret for secret in (node.token_secret, hub.api_key) if secret in log] == []
 
 
 # ---- the daemon ----------------------------------------------------------------------------------
@@ -392,6 +502,43 @@ def test_second_signal_does_not_break_the_end(
     hub.wait_for_reports(1, 10)
     assert_ends(daemon, *(signal.Signals[f"SIG{name}"] for name in numbers.split()))
     assert "Traceback" not in daemon.log.read_text("utf-8")
+
+
+def fill(pipe: int) -> None:
+    """Write until the pipe takes no more."""
+    os.set_blocking(pipe, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"x")
+    os.set_blocking(pipe, True)
+
+
+@pytest.mark.parametrize("is_writing", [True, False], ids=["while writing", "while waiting"])
+def test_signal_ends_it_though_nobody_reads_its_log(
+    start: Start, hub: lab.SimulatedHub, is_writing: bool
+) -> None:
+    read_end, write_end = os.pipe()
+    with open(read_end, "rb"), open(write_end, "wb") as pipe:
+        if is_writing:
+            fill(write_end)
+        daemon = start(stderr=pipe.fileno())
+        if is_writing:
+            # Its first line does not get out.
+            waits_in, deadline = Path(f"/proc/{daemon.process.pid}/wchan"), time.monotonic() + 10
+            while "pipe_write" not in waits_in.read_text("utf-8"):
+                assert time.monotonic() < deadline, "it does not write"
+        else:
+            hub.wait_for_reports(1, 10)
+            fill(write_end)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(HANG_SECONDS) == OK
+
+
+def test_alarm_from_elsewhere_ends_nothing(agent_config: Path, tmp_path: Path) -> None:
+    with Daemon(tmp_path, agent_config) as daemon:
+        daemon.await_cycle()
+        daemon.process.send_signal(signal.SIGALRM)
+        assert "accepted" in daemon.step()
 
 
 @pytest.mark.parametrize("kind", ["full disk", "no reader", "closed"])
