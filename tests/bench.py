@@ -28,10 +28,9 @@ from typing import Any, Final
 
 import felhom_agent as agent
 import lab
-from support import Prober
+from support import EXTRAS, Prober
 
 CYCLES: Final = 10
-EXTRAS: Final = ("qemu", "storage", "backups")
 Sections = dict[str, dict[str, Any]]
 Get = Callable[[str], Any]
 

@@ -27,9 +27,9 @@ from typing import Final
 
 import felhom_agent as agent
 import lab
-from support import LOG, SOON_IF_BUSY, Prober, make_collector, make_hub_client
+from support import EXTRAS, LOG, SOON_IF_BUSY, Prober, make_collector, make_hub_client
 
-LONGEST_SECONDS: Final = (agent.COLLECT_TIMEOUTS + 1) * SOON_IF_BUSY + 2
+LONGEST_SECONDS: Final = (agent.COLLECT_TIMEOUT_FACTOR + 1) * SOON_IF_BUSY + 2
 WARM_UP_CYCLES: Final = 100
 # Together with the simulated servers, which are in this process.
 MEMORY_GROWTH_KIB: Final = 32 << 10
@@ -86,8 +86,8 @@ def soak(
     node: lab.SimulatedNode, hub: lab.SimulatedHub, seconds: float, chance: random.Random
 ) -> Iterator[str]:
     """Run cycles until the time is over, and yield each problem."""
-    prober, extras = Prober(), ("qemu", "storage", "backups")
-    collector = make_collector(node, prober, timeout_seconds=SOON_IF_BUSY, extras=extras)
+    prober = Prober()
+    collector = make_collector(node, prober, timeout_seconds=SOON_IF_BUSY, extras=EXTRAS)
     client = make_hub_client(hub, timeout_seconds=SOON_IF_BUSY)
     loop = agent.Loop(collector, client, 900, logger=LOG, wait=lambda _: None)
     end, failed = time.monotonic() + seconds, 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import socket
-import ssl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +14,14 @@ import pytest
 
 import felhom_agent as agent
 import lab
-from support import make_collector, make_hub_client
+import test_config
+from support import EXTRAS, make_collector, make_hub_client
 
 ROOT: Final = Path(__file__).parent.parent
 README: Final = (ROOT / "README.md").read_text("utf-8")
+HUB_PAGE: Final = (ROOT / "docs" / "hub.md").read_text("utf-8")
+SCHEMA: Final = (ROOT / "docs" / "host-report.schema.json").read_text("utf-8")
+EXAMPLE: Final = json.loads((ROOT / "docs" / "host-report.example.json").read_text("utf-8"))
 MESSAGES: Final = (ROOT / "docs" / "messages.md").read_text("utf-8")
 PAGES: Final = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
@@ -35,10 +38,111 @@ def table(heading: str) -> list[list[str]]:
     return rows
 
 
-def refused(code: int) -> ssl.SSLCertVerificationError:
-    exc = ssl.SSLCertVerificationError(1, "certificate verify failed")
-    exc.verify_code = code
-    return exc
+# ---- what has several places ---------------------------------------------------------------------
+
+
+def test_extra_is_in_every_place() -> None:
+    [row] = [row for row in table("key") if row[0] == "`proxmox.extras`"]
+    [paragraph] = re.findall(r"(?ms)^\*\*Extras\*\*.*?^$", README)
+    forms = {
+        "EXTRAS in tests/support.py": (str(EXTRAS), "'{}'"),
+        "proxmox.extras in README.md": (row[3], "`{}`"),
+        "Extras in README.md": (paragraph, "(`{}`)"),
+        "docs/hub.md": (HUB_PAGE, "`{}`"),
+        "docs/host-report.schema.json": (SCHEMA, "the extra {}"),
+    }
+    missing = [
+        f"{extra} is not in {place}"
+        for extra in agent.EXTRAS
+        for place, (text, form) in forms.items()
+        if form.format(extra) not in text
+    ]
+    assert missing == []
+    assert list(EXTRAS) == list(agent.EXTRAS)
+
+
+def test_setting_is_in_every_place() -> None:
+    places = {
+        "the table in README.md": {row[0].strip("`") for row in table("key")} - {"authz"},
+        "ACCEPTED in tests/test_config.py": {*test_config.ACCEPTED},
+        # Any integer will do.
+        "REFUSED in tests/test_config.py": {*test_config.REFUSED, "hub.poll_seconds"},
+    }
+    keys = set(test_config.KEYS)
+    missing = {place: sorted(keys ^ known) for place, known in places.items() if keys != known}
+    assert missing == {}
+
+
+def find_fields(part: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the fields of a JSON value, as `guests.spec.cores`."""
+    if isinstance(part, list):
+        for item in part:
+            yield from find_fields(item, prefix)
+    elif isinstance(part, dict):
+        for name, value in part.items():
+            yield prefix + name
+            yield from find_fields(value, f"{prefix}{name}.")
+
+
+def find_described(schema: Any, part: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the fields that a schema describes in the same way."""
+    part = schema["$defs"].get(str(part.get("$ref")).rpartition("/")[2], part)
+    yield from find_described(schema, part["items"], prefix) if "items" in part else ()
+    for name, inner in part.get("properties", {}).items():
+        yield prefix + name
+        yield from find_described(schema, inner, f"{prefix}{name}.")
+
+
+def test_field_of_the_report_is_in_every_place() -> None:
+    def names(part: Any) -> list[str]:
+        return [item.name for item in dataclasses.fields(part)]
+
+    guest = {**dict.fromkeys(names(agent.Guest)), "spec": dict.fromkeys(names(agent.GuestSpec))}
+    guest |= dict.fromkeys(names(agent.GuestDetails))
+    del guest["details"]
+    report = {
+        **dict.fromkeys(names(agent.HostReport)),
+        "host": dict.fromkeys(names(agent.HostMetrics)),
+        "guests": guest,
+        "cloudflared": dict.fromkeys(names(agent.Cloudflared)),
+        "storage_targets": dict.fromkeys(names(agent.StorageTarget)),
+        "backups": dict.fromkeys(names(agent.Backup)),
+        "audit_tail": dict.fromkeys(names(agent.AuditEntry)),
+    }
+    fields = set(find_fields(report))
+    schema = json.loads(SCHEMA)
+    described = set(find_described(schema, schema))
+    # Both are empty in this version.
+    described -= {name for name in described if re.match(r"(restore_tests|pbs_snapshots)\.", name)}
+    places = {
+        "docs/host-report.schema.json": described,
+        "docs/host-report.example.json": set(find_fields(EXAMPLE)),
+    }
+    missing = {place: sorted(fields ^ known) for place, known in places.items() if fields != known}
+    assert missing == {}
+
+
+def test_every_field_is_required_but_spec_and_details() -> None:
+    optional: set[str] = set()
+
+    def note(part: dict[str, Any]) -> dict[str, Any]:
+        if part.get("type") == "object":
+            optional.update(part["properties"].keys() - set(part["required"]))
+        return part
+
+    json.loads(SCHEMA, object_hook=note)
+    assert optional == {"spec", *(item.name for item in dataclasses.fields(agent.GuestDetails))}
+
+
+def test_example_report_is_one_of_this_agent_with_all_extras() -> None:
+    errors = lab.report_schema().iter_errors(EXAMPLE)
+    assert [f"{error.json_path}: {error.message}" for error in errors] == []
+    assert EXAMPLE["agent_version"] == agent.__version__
+    assert {guest["type"] for guest in EXAMPLE["guests"]} == {"lxc", "qemu"}
+    assert all("template" in guest for guest in EXAMPLE["guests"])
+
+
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def all_hints() -> set[str]:
@@ -51,16 +155,7 @@ def all_hints() -> set[str]:
     hub = agent.HubClient(
         agent.HubConfig(url="https://h", host_id="x", api_key="key-of-this-test", timeout_seconds=9)
     )
-    failures: list[Exception] = [
-        *(refused(code) for code in (62, 10, 20)),
-        ssl.SSLError("TLS"),
-        TimeoutError("timed out"),
-        socket.gaierror("no such name"),
-        ConnectionRefusedError("refused"),
-    ]
-    hints = {*proxmox.hints.values(), *hub.hints.values()}
-    hints |= {client.failure_hint(exc) for client in (proxmox, hub) for exc in failures}
-    hints.add(proxmox.failure_hint(agent.PinMismatch("another")))
+    hints = {client.hint(cause) for client in (proxmox, hub) for cause in client.hints}
     return {hint.replace("(9)", "(SECONDS)") for hint in hints}
 
 
@@ -69,37 +164,32 @@ def test_messages_page_has_every_hint_word_for_word() -> None:
     assert sorted(hint for hint in all_hints() if hint not in page) == []
 
 
-def test_configuration_table_has_every_key_with_its_default() -> None:
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_configuration_table_has_the_defaults() -> None:
     sections: dict[str, Any] = {
         "proxmox": agent.ProxmoxConfig(node="the short host name"),
         "hub": agent.HubConfig(),
         "cloudflared": agent.CloudflaredConfig(),
     }
-    keys = {
-        f"{name}.{item.name}": getattr(section, item.name)
-        for name, section in sections.items()
-        for item in dataclasses.fields(section)
-    }
-    required = {"token_id", "token_secret", "host_id", "api_key", "hub.url"}
-    documented = {row[0].strip("`"): row[2] for row in table("key")}
-    assert documented.keys() == keys.keys() | {"authz"}
-    for key, default in keys.items():
-        shown = documented[key].partition(":")[0] if default == "" else documented[key]
-        if key in required or key.partition(".")[2] in required:
-            assert shown == "required"
-        elif key == "proxmox.node":
-            assert shown == default
-        else:
-            expected = (
-                json.dumps(default) if not isinstance(default, str) or not default else default
-            )
-            assert documented[key].split("`")[1] == expected
+    required = {"proxmox.token_id", "proxmox.token_secret"}
+    required |= {"hub.url", "hub.host_id", "hub.api_key"}
+    rows = {row[0].strip("`"): row[2] for row in table("key")}
+    del rows["authz"]
+    assert {key for key, shown in rows.items() if shown == "required"} == required
+    for key in rows.keys() - required:
+        section, _, name = key.partition(".")
+        default = getattr(sections[section], name)
+        if not isinstance(default, str) or not default:
+            default = json.dumps(default)
+        assert rows[key].partition(":" if default == '""' else "\n")[0].strip("`") == default
 
 
 def test_privileges_table_has_every_call(plain_node: lab.SimulatedNode) -> None:
-    collector = make_collector(plain_node, extras=("qemu", "storage", "backups"))
+    collector = make_collector(plain_node, extras=EXTRAS)
     collector.proxmox.version()
-    collector.collect(thorough=True)
+    collector.collect(check_all_paths=True)
     paths = {request.path.removeprefix("/api2/json") for request in plain_node.requests}
     asked = {
         re.sub(

