@@ -264,7 +264,7 @@ def test_secrets_go_nowhere_without_tls(load_value: Load, key: str, url: str) ->
         ("proxmox.node", "pve1.example.com", "short name"),
         ("proxmox.node", "https://pve1", "short name"),
         ("proxmox.ca_file", "pve-root-ca.pem", "absolute path"),
-        ("proxmox.extras", ["pbs"], ", ".join(EXTRAS)),
+        ("proxmox.extras", ["pbs"], "a list of qemu, storage, backups"),
         ("proxmox.token_id", "root@pam", "user@realm!tokenname"),
         ("proxmox.token_id", "jürgen@ad!mon", "in ASCII"),
         ("proxmox.timeout_seconds", 0, "1 to 300"),

@@ -15,6 +15,7 @@ import pytest
 import felhom_agent as agent
 import lab
 import test_config
+import test_report
 from support import EXTRAS, make_collector, make_hub_client
 
 ROOT: Final = Path(__file__).parent.parent
@@ -41,6 +42,13 @@ def table(heading: str) -> list[list[str]]:
 # ---- what has several places ---------------------------------------------------------------------
 
 
+def compare(names: set[str], places: dict[str, set[str]]) -> None:
+    """Fail with a line for each name that is only in the module or only in another place."""
+    missing = [f"{name} is not in {place}" for place in places for name in names - places[place]]
+    missing += [f"{name} is only in {place}" for place in places for name in places[place] - names]
+    assert not missing, "\n".join(missing)
+
+
 def test_extra_is_in_every_place() -> None:
     [row] = [row for row in table("key") if row[0] == "`proxmox.extras`"]
     [paragraph] = re.findall(r"(?ms)^\*\*Extras\*\*.*?^$", README)
@@ -57,8 +65,8 @@ def test_extra_is_in_every_place() -> None:
         for place, (text, form) in forms.items()
         if form.format(extra) not in text
     ]
-    assert missing == []
-    assert list(EXTRAS) == list(agent.EXTRAS)
+    assert not missing, "\n".join(missing)
+    assert set(EXTRAS) == set(agent.EXTRAS)
 
 
 def test_setting_is_in_every_place() -> None:
@@ -68,9 +76,7 @@ def test_setting_is_in_every_place() -> None:
         # Any integer will do.
         "REFUSED in tests/test_config.py": {*test_config.REFUSED, "hub.poll_seconds"},
     }
-    keys = set(test_config.KEYS)
-    missing = {place: sorted(keys ^ known) for place, known in places.items() if keys != known}
-    assert missing == {}
+    compare(set(test_config.KEYS), places)
 
 
 def find_fields(part: Any, prefix: str = "") -> Iterator[str]:
@@ -117,9 +123,13 @@ def test_field_of_the_report_is_in_every_place() -> None:
     places = {
         "docs/host-report.schema.json": described,
         "docs/host-report.example.json": set(find_fields(EXAMPLE)),
+        # It is without extras.
+        "EXAMPLE in tests/test_report.py": {
+            *find_fields(test_report.EXAMPLE),
+            *(field for field in fields if not field.startswith("host.")),
+        },
     }
-    missing = {place: sorted(fields ^ known) for place, known in places.items() if fields != known}
-    assert missing == {}
+    compare(fields, places)
 
 
 def test_every_field_is_required_but_spec_and_details() -> None:
