@@ -32,11 +32,6 @@ KEYS: Final[Mapping[str, type]] = {
     for section, defaults in SECTIONS.items()
     for item in dataclasses.fields(defaults)
 }
-RULES: Final[Mapping[str, Mapping[Any, Any]]] = {
-    f"{section}.{item.name}": item.metadata
-    for section, defaults in SECTIONS.items()
-    for item in dataclasses.fields(defaults)
-}
 INTEGERS: Final = [key for key in KEYS if KEYS[key] is int]
 URLS: Final = [key for key in KEYS if key.endswith(".url")]
 CA_FILES: Final = [key for key in KEYS if key.endswith(".ca_file")]
@@ -84,10 +79,18 @@ ACCEPTED: Final[Mapping[str, list[Any]]] = {
     "cloudflared.unit": ["cloudflared@home.service", "a-b\\x2dc.service", "x"],
 }
 REFUSED: Final[Mapping[str, list[Any]]] = {
-    "proxmox.url": BAD_URLS,
-    "proxmox.node": ["../x", "a/b", "a b", "ü", "pve1\n", "."],
+    "proxmox.url": [*BAD_URLS, "https://h:8006/api2/json"],
+    "proxmox.node": ["pve1.example.com", "https://pve1", "a/b", "a b", "ü", "pve1\n", "."],
     "proxmox.token_id": [
-        *("root@pam", "root!x", "@pam!x", "root@pam!", "root@pam!x y", "rööt@pam!x", "a/b@pam!x"),
+        *(
+            "root@pam",
+            "root!x",
+            "@pam!x",
+            "root@pam!",
+            "root@pam!x y",
+            "jürgen@ad!mon",
+            "a/b@pam!x",
+        ),
         *("root@pam!x\n", "x@pam!x\r\nA: b", f"root@pam!x={TOKEN_SECRET}"),
     ],
     "proxmox.token_secret": BAD_SECRETS,
@@ -101,6 +104,23 @@ REFUSED: Final[Mapping[str, list[Any]]] = {
     "hub.timeout_seconds": [0, -1, 301, 10**30],
     "hub.ca_file": ["ca.pem", "./ca.pem", "~/ca.pem"],
     "cloudflared.unit": ["-x.service", "--version", "a b", "a;b", "a/b", "x\n", "$(x)", "a" * 256],
+}
+# What the message on it says, after "must be ".
+EXPECTED: Final[Mapping[str, str]] = {
+    "proxmox.url": "https://host[:port]",
+    "proxmox.node": "the node's short name, without a domain",
+    "proxmox.token_id": "user@realm!tokenname in ASCII",
+    "proxmox.token_secret": "printable ASCII without spaces (not shown)",
+    "proxmox.ca_file": "an absolute path",
+    "proxmox.fingerprint": "a SHA-256, 64 hexadecimal digits",
+    "proxmox.timeout_seconds": "an integer from 1 to 300",
+    "proxmox.extras": f"a list of {', '.join(EXTRAS)}",
+    "hub.url": "https://host[:port][/path] in ASCII (xn--…), without user, query, fragment or %",
+    "hub.host_id": "1 to 255 characters, without spaces at the ends",
+    "hub.api_key": "printable ASCII without spaces (not shown)",
+    "hub.timeout_seconds": "an integer from 1 to 300",
+    "hub.ca_file": "an absolute path",
+    "cloudflared.unit": "the name of a systemd unit",
 }
 WRONG_TYPES: Final[Mapping[type, list[Any]]] = {
     str: [1, True, None, 1.5, [], {}, ["x"]],
@@ -242,41 +262,13 @@ def test_value_is_accepted(load_value: Load, key: str, value: object) -> None:
 
 @pytest.mark.parametrize(("key", "value"), rows(REFUSED))
 def test_value_is_refused_without_being_shown(load: Load, key: str, value: object) -> None:
-    assert problems(load(with_value(key, value))) == {key: f"must be {RULES[key]['expected']}"}
+    assert problems(load(with_value(key, value))) == {key: f"must be {EXPECTED[key]}"}
 
 
 @pytest.mark.parametrize("key", URLS)
 @pytest.mark.parametrize("url", NOT_HTTPS)
 def test_secrets_go_nowhere_without_tls(load_value: Load, key: str, url: str) -> None:
     assert problems(load_value(key, url)) == {key: f"must be https, got {url}"}
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "hint"),
-    [
-        ("hub.host_id", " lead", "without spaces at the ends"),
-        ("hub.url", "https://hüb.example.com", "ASCII (xn--…)"),
-        *(
-            ("hub.url", f"https://{rest}", "without user, query, fragment or %")
-            for rest in ("bob:pw@h", "bob@h/", "h?key=pw", "h/#top", "h/a%20b")
-        ),
-        ("proxmox.url", "https://h:8006/api2/json", "https://host[:port]"),
-        ("proxmox.node", "pve1.example.com", "short name"),
-        ("proxmox.node", "https://pve1", "short name"),
-        ("proxmox.ca_file", "pve-root-ca.pem", "absolute path"),
-        ("proxmox.extras", ["pbs"], "a list of qemu, storage, backups"),
-        ("proxmox.token_id", "root@pam", "user@realm!tokenname"),
-        ("proxmox.token_id", "jürgen@ad!mon", "in ASCII"),
-        ("proxmox.timeout_seconds", 0, "1 to 300"),
-        ("hub.timeout_seconds", 301, "1 to 300"),
-        ("cloudflared.unit", "a b", "systemd unit"),
-        *((key, "with space", "ASCII without spaces") for key in SECRETS),
-    ],
-)
-def test_problem_says_what_is_expected(
-    load_value: Load, key: str, value: object, hint: str
-) -> None:
-    assert hint in problems(load_value(key, value))[key]
 
 
 # ---- environment ---------------------------------------------------------------------------------
@@ -352,14 +344,10 @@ def test_unknown_key_is_named_and_ignored(load: Load, caplog: pytest.LogCaptureF
         pytest.param(b"", "line 1 column 1", id="empty"),
         pytest.param(b'{\n  "hub": {\n    "url" "%s"\n  }\n}', "line 3 column 11", id="no colon"),
         pytest.param(b'{"hub": {"api_key": "%s"},}', "line 1", id="comma too many"),
-        pytest.param(b"{}\n{}", "line 2 column 1", id="two documents"),
         pytest.param(b'{} // "%s"', "line 1 column 4", id="comment"),
         pytest.param(b'{"hub": {"api_key": "%s\n"}}', "line 1", id="line feed in a string"),
         pytest.param(b'{"hub": {"host_id": "%s\xff"}}', "utf-8", id="not UTF-8"),
-        pytest.param('{"hub": {}}'.encode("utf-16"), "utf-8", id="UTF-16"),
-        pytest.param(b"[]", "JSON object", id="list"),
-        pytest.param(b"null", "JSON object", id="null"),
-        pytest.param(b'"%s"', "JSON object", id="string"),
+        pytest.param(b'["%s"]', "JSON object", id="list"),
         pytest.param(b"[" * 100_000, "", id="brackets without end"),
         pytest.param(b'{"hub": ' + b"9" * 10_000 + b"}", "", id="number without end"),
     ],

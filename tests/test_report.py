@@ -20,42 +20,22 @@ GIB: Final = 1 << 30
 
 # As the contract shows it, in its order.
 EXAMPLE: Final[dict[str, Any]] = json.loads("""{
-    "host_id": "pve1",
-    "agent_version": "0.3.0",
-    "reported_at": "2026-06-08T14:20:09Z",
+    "host_id": "pve1", "agent_version": "0.3.0", "reported_at": "2026-06-08T14:20:09Z",
     "host": {
-        "node": "pve1",
-        "pve_version": "9.2.11",
-        "kernel_version": "6.14.11-4-pve",
-        "uptime_seconds": 2574,
-        "cpu_model": "AMD EPYC",
-        "cpu_count": 2,
-        "cpu_usage": 0.0167,
+        "node": "pve1", "pve_version": "9.2.11", "kernel_version": "6.14.11-4-pve",
+        "uptime_seconds": 2574, "cpu_model": "AMD EPYC", "cpu_count": 2, "cpu_usage": 0.0167,
         "load_average": [2.54, 1.74, 1.2],
-        "memory_total_bytes": 25276510208,
-        "memory_used_bytes": 1378762752,
-        "swap_total_bytes": 0,
-        "swap_used_bytes": 0,
-        "rootfs_total_bytes": 270553174016,
-        "rootfs_used_bytes": 28216709120
+        "memory_total_bytes": 25276510208, "memory_used_bytes": 1378762752,
+        "swap_total_bytes": 0, "swap_used_bytes": 0,
+        "rootfs_total_bytes": 270553174016, "rootfs_used_bytes": 28216709120
     },
     "guests": [
-        {
-            "vmid": 100,
-            "type": "lxc",
-            "name": "web",
-            "status": "running",
-            "controller_version": "",
-            "spec": {"cores": 2, "memory_bytes": 1073741824, "disk_bytes": 8589934592}
-        },
+        {"vmid": 100, "type": "lxc", "name": "web", "status": "running", "controller_version": "",
+         "spec": {"cores": 2, "memory_bytes": 1073741824, "disk_bytes": 8589934592}},
         {"vmid": 101, "type": "lxc", "name": "db", "status": "unknown", "controller_version": ""}
     ],
     "cloudflared": {"status": "active"},
-    "storage_targets": [],
-    "backups": [],
-    "restore_tests": [],
-    "pbs_snapshots": [],
-    "audit_tail": []
+    "storage_targets": [], "backups": [], "restore_tests": [], "pbs_snapshots": [], "audit_tail": []
 }""")
 COLLECTIONS: Final = ("storage_targets", "backups", "restore_tests", "pbs_snapshots", "audit_tail")
 
@@ -183,9 +163,8 @@ def test_part_of_another_type_is_unknown_and_the_others_are_not(unexpected: obje
     ("sent", "version"),
     [
         ("pve-manager/9.2.11/14a22df35955d97d", "9.2.11"),
-        ("pve-manager/8.4.1/abcdef (running kernel: 6.8.12-10-pve)", "8.4.1"),
         ("pve-manager/9.0.0~10/x", "9.0.0~10"),
-        *((sent, None) for sent in ("", "9.2.11", "pve-manager/", None, 9.2, ["pve-manager/9/x"])),
+        *((sent, None) for sent in ("", "9.2.11", "pve-manager/", None, ["pve-manager/9/x"])),
     ],
     ids=short,
 )
@@ -193,16 +172,18 @@ def test_version_of_proxmox(sent: object, version: str | None) -> None:
     assert build_host({**STATUS, "pveversion": sent}).pve_version == version
 
 
-KERNELS: Final = {
-    "both": ({"release": "6.14.11-4-pve"}, "Linux 6.14.11-3-pve #1 SMP @0", "6.14.11-4-pve"),
-    "8.0": (None, "Linux 6.2.16-3-pve #1 SMP PREEMPT_DYNAMIC PVE 6.2.16-3", "6.2.16-3-pve"),
-    "empty-release": ({"release": ""}, "Linux 6.2.16-3-pve", "6.2.16-3-pve"),
-    "other-sentence": (None, "FreeBSD 14", None),
-    "neither": (None, None, None),
-}
-
-
-@pytest.mark.parametrize(("current", "sentence", "kernel"), KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(
+    ("current", "sentence", "kernel"),
+    [
+        ({"release": "6.14.11-4-pve"}, "Linux 6.14.11-3-pve #1 SMP @0", "6.14.11-4-pve"),
+        # As Proxmox VE 8.0 says it.
+        (None, "Linux 6.2.16-3-pve #1 SMP PREEMPT_DYNAMIC PVE 6.2.16-3", "6.2.16-3-pve"),
+        ({"release": ""}, "Linux 6.2.16-3-pve", "6.2.16-3-pve"),
+        (None, "FreeBSD 14", None),
+        (None, None, None),
+    ],
+    ids=short,
+)
 def test_kernel_version(current: object, sentence: object, kernel: str | None) -> None:
     status = {**STATUS, "current-kernel": current, "kversion": sentence}
     assert build_host(status).kernel_version == kernel
@@ -294,16 +275,14 @@ def test_cores_without_a_limit_on_an_unknown_node_are_null() -> None:
 
 VOLUMES: Final[Mapping[str, int | None]] = {
     ROOTFS: 8 * GIB,
-    "local-lvm:vm-100-disk-0,size=512M": 512 * MIB,
     "local-lvm:vm-100-disk-0,size=4096K": 4 * MIB,
+    "local-lvm:vm-100-disk-0,size=512M": 512 * MIB,
     "local-lvm:vm-100-disk-0,size=2T": 2048 * GIB,
     "local-lvm:vm-100-disk-0,size=1048576": MIB,
     "local-lvm:vm-100-disk-0,size=1.5G": 1536 * MIB,
-    "local-lvm:vm-100-disk-0,acl=1,size=8G,mountoptions=noatime;lazytime": 8 * GIB,
-    "volume=local-lvm:vm-100-disk-0,size=8G": 8 * GIB,
+    "volume=local-lvm:vm-100-disk-0,acl=1,size=8G,mountoptions=noatime;lazytime": 8 * GIB,
     # No size, as of a subvolume or a bind mount.
-    **dict.fromkeys(("local-zfs:subvol-100-disk-0", "/mnt/data", "/mnt/data,ro=1", "")),
-    **dict.fromkeys(("???", "none", "local:x,mysize=8G")),
+    **dict.fromkeys(("local-zfs:subvol-100-disk-0", "/mnt/data,ro=1", "", "local:x,mysize=8G")),
     **dict.fromkeys(f"local:x,size={size}" for size in ("", "0T", "G", "8g", "8P", "8GB", "8 G")),
     **dict.fromkeys(f"local:x,size={size}" for size in ("-8G", "1e3", "8.G", "٣G", "8192T")),
     "local:x,size=" + "9" * 5000 + "T": None,
