@@ -160,13 +160,7 @@ def test_ca_file_is_read_at_the_start(run: Run, mode: str, section: str, path: s
 
 
 # No provider has the algorithms that this demands.
-FIPS: Final = """
-openssl_conf = openssl_init
-[openssl_init]
-alg_section = evp_properties
-[evp_properties]
-default_properties = fips=yes
-"""
+FIPS: Final = "openssl_conf = a\n[a]\nalg_section = b\n[b]\ndefault_properties = fips=yes\n"
 
 
 @pytest.mark.parametrize("mode", ["", CONFIG], ids=["daemon", CONFIG])

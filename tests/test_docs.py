@@ -100,16 +100,14 @@ def find_described(schema: Any, part: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_field_of_the_report_is_in_every_place() -> None:
-    def names(part: Any) -> list[str]:
-        return [item.name for item in dataclasses.fields(part)]
+    def names(part: Any) -> set[str]:
+        return {item.name for item in dataclasses.fields(part)}
 
-    guest = {**dict.fromkeys(names(agent.Guest)), "spec": dict.fromkeys(names(agent.GuestSpec))}
-    guest |= dict.fromkeys(names(agent.GuestDetails))
-    del guest["details"]
+    guest = dict.fromkeys(names(agent.Guest) - {"details"} | names(agent.GuestDetails))
     report = {
         **dict.fromkeys(names(agent.HostReport)),
         "host": dict.fromkeys(names(agent.HostMetrics)),
-        "guests": guest,
+        "guests": {**guest, "spec": dict.fromkeys(names(agent.GuestSpec))},
         "cloudflared": dict.fromkeys(names(agent.Cloudflared)),
         "storage_targets": dict.fromkeys(names(agent.StorageTarget)),
         "backups": dict.fromkeys(names(agent.Backup)),
