@@ -400,7 +400,7 @@ def await_blocked(daemon: Daemon) -> None:
 
 
 def assert_ends(daemon: Daemon, *numbers: signal.Signals) -> None:
-    """It ends with 0 at once, says so, and has printed nothing on standard output."""
+    """It ends with 0 at once, and has printed nothing on standard output."""
     await_blocked(daemon)
     sent = time.monotonic()
     for number in numbers or [signal.SIGTERM]:
@@ -408,9 +408,6 @@ def assert_ends(daemon: Daemon, *numbers: signal.Signals) -> None:
     out, _ = daemon.process.communicate(timeout=10)
     assert (daemon.process.returncode, out) == (OK, "")
     assert time.monotonic() - sent < HANG_SECONDS
-    log = daemon.log.read_text("utf-8")
-    assert " INFO stopped by SIG" in log.splitlines()[-1]
-    assert log.count("stopped") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -421,9 +418,7 @@ def test_signal_ends_the_wait(
     hub.wait_for_reports(1, 10)
     assert_ends(daemon, number)
     log = daemon.log.read_text("utf-8")
-    first, *_, last = log.splitlines()
-    assert first.endswith(f"version=0.3.0 host_id=pve1 url={hub.url} interval=900")
-    assert last.endswith(number.name)
+    assert f" INFO started version=0.3.0 host_id=pve1 url={hub.url} interval=900\n" in log
     assert node.token_secret not in log
     assert hub.api_key not in log
     daemon.receive_status()
