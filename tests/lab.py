@@ -25,6 +25,7 @@ import ssl
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -526,7 +527,8 @@ class Guest:
     """A container or a VM: its configuration file and the changes that are pending.
 
     The status of a guest that was just created is "unknown". One that has `vanished` is still
-    listed, but its configuration file is gone. `list_extra` overrides what the list says.
+    listed, but its configuration file is gone. A container with `env` in its configuration shows
+    that only to who may change it. `list_extra` overrides what the list says.
     """
 
     vmid: int
@@ -721,15 +723,41 @@ BACKUPS: Final = """[
     ["bak:backup/vzdump-lxc-100-2026_11_22-02_00_03.tar.zst", 1795312803, 100, "lxc", "protected"],
     ["bak:backup/vzdump-lxc-100-2026_11_24-02_00_03.tar.zst", 1795485603, 100, "lxc", "keep"],
     ["bak:backup/vzdump-lxc-100-2026_11_23-02_00_03.tar.zst", 1795399203, 100, "lxc", "keep"],
-    ["bak:backup/vzdump-lxc-100-before-upgrade.tar.zst", 1795572194, "100", "lxc", "renamed"],
+    ["bak:backup/vzdump-lxc-100-before-upgrade.tar.zst", 1795572194, "100", "lxc", "protected"],
     ["bak:backup/vzdump-lxc-101-2026_11_20-02_00_40.tar.zst", 1795140040, 101, "lxc", "keep"],
     ["bak:backup/vzdump-lxc-101-2026_11_21-02_00_40.tar.zst", 1795226440, 101, "lxc", "keep"],
     ["bak:backup/vzdump-lxc-999-2025_01_01-00_00_00.tar.gz", 1735689600, 999, "lxc", "keep"],
+    ["bak:backup/vzdump-openvz-106-2014_01_01-00_00_00.tar.gz", 1388534400, 106, "openvz", "keep"],
+    ["bak:backup/vzdump-qemu-101-2026_11_22-02_00_40.vma.zst", 1795312840, 101, "qemu", "keep"],
     ["bak:backup/vzdump-qemu-200-2026_11_23-02_01_00.vma.zst", 1795399260, 200, "qemu",
      "protected"],
     ["bak:backup/vzdump-qemu-200-2026_11_24-02_01_00.vma.zst", 1795485660, 200, "qemu", "keep"],
+    ["bak:backup/vzdump-qemu-nixos.vma.zst", 1790000000, null, "qemu", "protected"],
     ["bak:backup/vzdump-old.tar.zst", 1795572194, null, "unknown", "renamed"]
 ]"""
+
+
+def task(
+    kind: str, guest: int | str, end: int | None, status: str | None = "OK", **changes: object
+) -> dict[str, object]:
+    """Return an entry of the task list; without `end` or `status` it has no such key."""
+    entry: dict[str, object] = {"type": kind, "id": str(guest), "user": "root@pam", "node": "pve1"}
+    entry |= {"pid": 2070, "pstart": 478668, "starttime": (end or int(time.time())) - 1}
+    entry |= {} if end is None else {"endtime": end}
+    entry |= {} if status is None else {"status": status}
+    return entry | changes
+
+
+def default_tasks() -> list[dict[str, object]]:
+    """Return tasks of the last hours, the newest first."""
+    now = int(time.time())
+    console = "connection timed out"
+    return [
+        task("vncproxy", 100, now - 60, console, user="op@pve", tokenid="auto"),
+        # Of several guests.
+        task("vzdump", "", now - 7200, "job errors"),
+        task("vzdump", 100, now - 7300),
+    ]
 
 
 def default_storages() -> list[Storage]:
@@ -835,7 +863,7 @@ class SimulatedNode(Server):
 
     `acl` is that of the token's user, `token_acl` that of a token with privilege separation, which
     has what both allow. `other_acl_paths` are named in other users' ACLs. `pools` maps the path of
-    a member to its pool.
+    a member to its pool. In `tasks` the newest comes first.
     """
 
     server_name = "pve-api-daemon/3.0"
@@ -858,6 +886,7 @@ class SimulatedNode(Server):
         self.guests = default_guests() if guests is None else list(guests)
         self.vms = default_vms() if guests is None else []
         self.storages = default_storages()
+        self.tasks = default_tasks()
         self.other_nodes: list[OtherNode] = []
         self.latency_seconds = latency_seconds
         # Proxmox takes 3 s.
@@ -891,6 +920,7 @@ class SimulatedNode(Server):
         parameters = dict(parse_qsl(query, keep_blank_values=True))
         readable = request.method == "GET" and request.path.startswith(self.base)
         headers: dict[str, str | None] = {}
+        totals: dict[str, object] = {}
         data: object
         match path.split("/")[1:] if readable else []:
             case ["version"]:
@@ -907,6 +937,10 @@ class SimulatedNode(Server):
                 self._require(f"/vms/{vmid}", "VM.Audit")
                 self._require_node(node)
                 data = self._guest_config(kind, vmid, parameters.pop("current", "0"))
+            case ["nodes", node, "tasks"]:
+                self._require_node(node)
+                data = self._finished_tasks(parameters)
+                totals = {"total": len(data)}
             case ["nodes", node, "storage", storage, "prunebackups"]:
                 self._require(f"/storage/{storage}", "Datastore.Audit", "Datastore.AllocateSpace")
                 self._require_node(node)
@@ -918,7 +952,8 @@ class SimulatedNode(Server):
                 raise Refused(json_reply({"data": None, "message": reason}, 501, reason))
         for name in parameters:
             raise bad_parameter(name, UNDEFINED)
-        return replace(json_reply({"data": data}), headers=headers, close=bool(headers) or None)
+        reply = json_reply({"data": data} | totals)
+        return replace(reply, headers=headers, close=bool(headers) or None)
 
     def permissions(self, path: str) -> dict[str, int]:
         """Return what the token may do at a path: 1 for a privilege that holds below it too."""
@@ -1028,10 +1063,22 @@ class SimulatedNode(Server):
             raise bad_parameter("current", f"type check ('boolean') failed - got '{current}'")
         for guest in (*self.guests, *self.vms):
             if guest.vmid == int(vmid) and guest.type == kind and not guest.vanished:
+                if "env" in guest.config:
+                    self._require(f"/vms/{vmid}", "VM.Config.Options")
                 return guest.config_entry(current=current == "1")
         folder = "lxc" if kind == "lxc" else "qemu-server"
         path = f"nodes/{self.name}/{folder}/{vmid}.conf"
         raise refused(500, f"Configuration file '{path}' does not exist")
+
+    def _finished_tasks(self, parameters: dict[str, str]) -> list[dict[str, object]]:
+        if parameters.pop("source", "active") != "archive":
+            raise bad_parameter("source", "the lab knows only the archive")
+        since, limit = int(parameters.pop("since", "0")), int(parameters.pop("limit", "50"))
+        tasks = self.tasks
+        if "Sys.Audit" not in self.permissions(f"/nodes/{self.name}"):
+            # A token sees its own all the same.
+            tasks = [t for t in tasks if f"{t['user']}!{t.get('tokenid')}" == self.token_id]
+        return [t for t in tasks if int(str(t["starttime"])) >= since][:limit]
 
     def _backups(self, name: str, keep: str) -> list[dict[str, object]]:
         if keep != "keep-all=1":
@@ -1058,7 +1105,7 @@ SCHEMA: Final = next(
 SORT_KEYS: Final = {
     "guests": ("vmid",),
     "storage_targets": ("storage",),
-    "backups": ("vmid", "storage"),
+    "backups": ("vmid", "type", "storage"),
 }
 
 
