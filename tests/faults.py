@@ -1,11 +1,8 @@
-"""Wrong responses as a table, the servers that give them, and a search for secrets."""
+"""Wrong responses as a table, and a search for secrets."""
 
 from __future__ import annotations
 
-import base64
 import gzip
-import socket
-import struct
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,14 +10,18 @@ from typing import Final, Literal
 
 import lab
 
-# The requests of a cycle; only the self-test asks for the version.
-PLACES: Final[Mapping[str, str]] = {
+# The requests without which there is no report; only the self-test asks for the version.
+ESSENTIAL: Final[Mapping[str, str]] = {
     "version": "/version",
-    "permissions": "/access/permissions?path=/vms",
     "resources": "/cluster/resources",
     "status": "/nodes/pve1/status",
-    "configuration": "/nodes/pve1/lxc/100/config?current=1",
     "hub": "/api/v1/host-report",
+}
+# All requests of a cycle
+PLACES: Final[Mapping[str, str]] = {
+    **ESSENTIAL,
+    "permissions": "/access/permissions?path=/vms/999999999",
+    "configuration": "/nodes/pve1/lxc/100/config?current=1",
 }
 TOKEN_SECRET: Final = "7c0d5a1e-9b3f-4e82-a6d4-f1c2b3a49587"
 API_KEY: Final = "Zk9+hub/key~4f8=41&x"
@@ -34,16 +35,16 @@ class Fault:
     """What a server sends instead of its response, and how it ends the connection.
 
     In `data`, @BODY@ stands for the right body, @LENGTH@ and @HEX@ for its length, @MORE@ for one
-    byte more, @SECRET@ and @BASE64@ for the secret that the client sent, @FLOOD@ for more than any
-    client reads.  The request must fail with a TransportError, or with an HTTPError if there is a
-    `status`; if `harmless` it succeeds.
+    byte more, @SECRET@ for the secret that the client sent, @FLOOD@ for more than any client
+    reads.  The request fails with a TransportError, or with an HTTPError if there is a `status`;
+    its message has `problem`, a pattern, behind the operation.
     """
 
     name: str
     data: bytes
     ending: Literal["close", "reset", "silence"] = "close"
     status: int = 0
-    harmless: bool = False
+    problem: str = ""
 
     def answer(self, body: bytes, secret: str) -> lab.Answer:
         values = {
@@ -52,13 +53,12 @@ class Fault:
             b"@HEX@": b"%x" % len(body),
             b"@MORE@": b"%d" % (len(body) + 1),
             b"@SECRET@": secret.encode(),
-            b"@BASE64@": base64.b64encode(secret.encode()),
             b"@FLOOD@": FLOOD,
         }
         data = self.data
         for name, value in values.items():
             data = data.replace(name, value)
-        return Broken(data, self.ending)
+        return lab.Raw(data, self.ending)
 
 
 OK: Final = b"HTTP/1.1 200 OK\r\n"
@@ -81,12 +81,13 @@ STOPS: Final = {
     "inside the headers": OK + b"Content-Le",
     "inside the body": OK + b"Content-Length: @MORE@\r\n\r\n@BODY@",
     "inside a chunk": CHUNKED + b"fffff\r\n@BODY@",
-    "before the last chunk": CHUNKED + b"1\r\n{\r\n",
+    "before the last chunk": CHUNKED + b"@HEX@\r\n@BODY@\r\n",
 }
 NOT_HTTP: Final = {
     "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
     "a TLS alert": b"\x15\x03\x03\x00\x02\x02\x28",
     "zeros": bytes(99),
+    "a frame of HTTP/2": b"\0\0\6\4\0\0\0\0\0\0\4\x40\0\0\0",
     "HTTP/2": b"HTTP/2 200 OK\r\n\r\n",
     "status OK": b"HTTP/1.1 OK\r\n\r\n",
     "status 1000": b"HTTP/1.1 1000 Odd\r\n\r\n",
@@ -103,22 +104,23 @@ FLOODS: Final = {
     "of headers": OK + b"X: x\r\n" * 100_000,
     "of preliminary responses": b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000,
 }
-NOT_JSON: Final = {
-    "nothing": b"",
-    "blanks": b" \r\n",
-    "HTML": b"<!DOCTYPE html><title>Log in</title>",
-    "null": b"null",
-    "an array": b"[]",
-    "a string": b'"data"',
-    "two objects": b"{}{}",
-    "half an object": b'{"data":',
-    "100,000 brackets": b"[" * 100_000,
-    "10,000 digits": b'{"data":' + b"9" * 10_000 + b"}",
-    "latin-1": b'{"data":"\xfc"}',
-    "UTF-16": "{}".encode("utf-16"),
-    "gzip": gzip.compress(b"{}"),
+UNUSABLE: Final = {
+    # Some web servers give it to whatever path they do not know.
+    "nothing": (b"", "empty"),
+    "blanks": (b" \r\n", ""),
+    "HTML": (b"<!DOCTYPE html><title>Log in</title>", "line 1 column 1"),
+    "null": (b"null", "not a JSON object"),
+    "an array": (b"[]", "not a JSON object"),
+    "a string": (b'"data"', "not a JSON object"),
+    "two objects": (b"{}{}", "line 1 column 3"),
+    "half an object": (b'{"data":', "line 1 column 9"),
+    "100,000 brackets": (b"[" * 100_000, ""),
+    "10,000 digits": (b'{"data":' + b"9" * 10_000 + b"}", ""),
+    "latin-1": (b'{"data":"\xfc"}', "utf-8"),
+    "UTF-16": ("{}".encode("utf-16"), "utf-8"),
+    "gzip": (gzip.compress(b"{}"), "utf-8"),
 }
-HARMLESS: Final = {
+UNUSUAL: Final = {
     "no Content-Length": OK + b"\r\n@BODY@",
     "Content-Length twice": SIZED + b"content-length: @LENGTH@\r\n\r\n@BODY@",
     "HTTP/1.0": SIZED.replace(b"1.1", b"1.0") + b"\r\n@BODY@",
@@ -130,82 +132,75 @@ HARMLESS: Final = {
     "binary header": SIZED + b"X: \x00\x1b\xff\r\n\r\n@BODY@",
 }
 ECHOES: Final = {
-    "in the status line": b"@SECRET@ @BASE64@\r\n\r\n",
+    "in the status line": b"@SECRET@\r\n\r\n",
     "as status": b"HTTP/1.1 @SECRET@\r\n\r\n",
     "as version": b"HTTP/@SECRET@ 200 OK\r\n\r\n",
-    "as Content-Encoding": reply(b"\xff", b"Content-Encoding: @SECRET@ @BASE64@\r\n"),
+    "as Content-Encoding": reply(b"\xff", b"Content-Encoding: @SECRET@\r\n"),
     "as chunk size": CHUNKED + b"@SECRET@\r\n",
-    "as body": OK + b"\r\n@SECRET@ @BASE64@",
+    "as body": OK + b"\r\n@SECRET@",
 }
 STATUSES: Final = (301, 304, 401, 403, 404, 407, 413, 429, 500, 502, 503, 595, 999)
 FORGED: Final = b"a\rb\x1b[2Jc\x85d\xe2\x80\xa8e<0>f" + b"g" * 60_000
-HEADERS: Final = b"Location: /?@SECRET@@BASE64@\r\nRetry-After: @SECRET@\r\n"
+HEADERS: Final = b"Location: /?@SECRET@\r\nRetry-After: @SECRET@\r\n"
 
 FAULTS: Final = (
     *(Fault(f"closed {where}", data) for where, data in STOPS.items()),
     *(Fault(f"reset {where}", data, "reset") for where, data in STOPS.items()),
     Fault("silent before the status line", b"", "silence"),
     Fault("silent inside the body", STOPS["inside the body"], "silence"),
-    *(Fault(f"not HTTP but {what}", data) for what, data in NOT_HTTP.items()),
+    *(
+        Fault(
+            f"not HTTP but {what}",
+            data,
+            problem=r".* does not answer in HTTP/1\.1 \(.{2,99}\); .*url",
+        )
+        for what, data in NOT_HTTP.items()
+    ),
     *(
         Fault(f"chunk size {what}", CHUNKED + size + b"\r\n@BODY@")
         for what, size in CHUNK_SIZES.items()
     ),
     *(Fault(f"flood {where}", data) for where, data in FLOODS.items()),
-    *(Fault(f"body is {what}", reply(body)) for what, body in NOT_JSON.items()),
-    Fault("gzip is announced", reply(gzip.compress(b"{}"), b"Content-Encoding: gzip\r\n")),
-    *(Fault(name, data, harmless=True) for name, data in HARMLESS.items()),
+    *(
+        Fault(f"body is {what}", reply(body), problem=f"200, .*unusable .*{problem}.*; .*url")
+        for what, (body, problem) in UNUSABLE.items()
+    ),
+    Fault(
+        "gzip is announced",
+        reply(gzip.compress(b"{}"), b"Content-Encoding: gzip\r\n"),
+        problem="200, .*compressed by gzip.*; .*url",
+    ),
     *(Fault(f"secret {where}", data) for where, data in ECHOES.items()),
     *(
-        Fault(
-            f"status {status}", status_line(status, b"No @SECRET@ @BASE64@", HEADERS), status=status
-        )
+        Fault(f"status {status}", status_line(status, b"No @SECRET@", HEADERS), status=status)
         for status in STATUSES
     ),
     Fault("forged lines in a reason phrase", status_line(500, FORGED), status=500),
 )
 
+# Instead of a TLS handshake
+HANDSHAKES: Final = (
+    Fault("closed", b"", problem="connection closed during the TLS handshake"),
+    Fault("reset", b"", "reset", problem="connection reset during the TLS handshake"),
+)
+HARMLESS: Final = tuple(Fault(name, data) for name, data in UNUSUAL.items())
+
 
 # ---- the servers ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Broken(lab.Raw):
-    """Send these bytes as they are, then end the connection in a certain way."""
-
-    ending: str = "close"
-
-
-class BreakableServer(lab.Server):
-    """A server of the lab that can give a Broken answer."""
-
-    def _send(self, connection: socket.socket, answer: lab.Answer, last: bool) -> bool:
-        stays_open = super()._send(connection, answer, last)
-        match answer:
-            case Broken(ending="reset"):
-                linger = struct.pack("ii", 1, 0)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            case Broken(ending="silence"):
-                super()._send(connection, lab.Stall(), last)
-        return stays_open
-
-
-class BreakableNode(BreakableServer, lab.SimulatedNode):
+def make_node() -> lab.SimulatedNode:
     """A node with the containers 100 and 101, without TLS."""
-
-    def __init__(self) -> None:
-        token = f"felhom-agent@pve!agent={TOKEN_SECRET}"
-        super().__init__(None, guests=lab.many_guests(2), token=token)
+    token = f"felhom-agent@pve!agent={TOKEN_SECRET}"
+    return lab.SimulatedNode(None, guests=lab.many_guests(2), token=token)
 
 
-class BreakableHub(BreakableServer, lab.SimulatedHub):
+def make_hub() -> lab.SimulatedHub:
     """A hub without TLS."""
-
-    def __init__(self) -> None:
-        super().__init__(None, api_key=API_KEY)
+    return lab.SimulatedHub(None, api_key=API_KEY)
 
 
-def break_server(node: BreakableNode, hub: BreakableHub, place: str, fault: Fault) -> None:
+def break_server(node: lab.SimulatedNode, hub: lab.SimulatedHub, place: str, fault: Fault) -> None:
     """Answer every request at this place with the fault."""
     path = PLACES[place]
     if place == "hub":
@@ -223,13 +218,8 @@ def break_server(node: BreakableNode, hub: BreakableHub, place: str, fault: Faul
 
 
 def find_secrets(text: str, secrets: Iterable[str] = SECRETS) -> list[str]:
-    """Return the secrets that are in the text, as they are or in base64."""
-    found = []
-    for secret in secrets:
-        # Of base64 what stays the same whatever follows the secret.
-        encoded = base64.b64encode(secret.encode()).decode().rstrip("=")[:-1]
-        found += [form for form in (secret, encoded) if form in text]
-    return found
+    """Return the secrets that are in the text."""
+    return [secret for secret in secrets if secret in text]
 
 
 def show_error(exc: BaseException) -> str:

@@ -22,6 +22,7 @@ import shlex
 import signal
 import socket
 import ssl
+import struct
 import sys
 import tempfile
 import threading
@@ -207,9 +208,10 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Send these bytes as they are, then close."""
+    """Send these bytes as they are, then close or reset the connection, or say nothing more."""
 
     data: bytes
+    ending: Literal["close", "reset", "silence"] = "close"
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,8 +446,12 @@ class Server:
             case Stall(seconds):
                 # Readable once the client, or __exit__, has closed it.
                 select.select([connection], [], [], seconds)
-            case Raw(data):
+            case Raw(data, ending):
                 connection.sendall(data)
+                if ending == "reset":
+                    reset_when_closed(connection)
+                elif ending == "silence":
+                    self._send(connection, Stall(), last)
             case Drip(data, every_seconds):
                 for position in range(len(data)):
                     connection.sendall(data[position : position + 1])
@@ -470,6 +476,11 @@ class Server:
         reason = reply.reason or responses.get(reply.status, "")
         lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
         return f"HTTP/1.1 {reply.status} {reason}\r\n{''.join(lines)}\r\n".encode()
+
+
+def reset_when_closed(connection: socket.socket) -> None:
+    """Make close() send RST instead of FIN."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 @contextlib.contextmanager
