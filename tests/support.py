@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import select
 import socket
 import subprocess
@@ -95,8 +96,9 @@ def make_collector(
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Level and text of what was logged."""
-    return [(record.levelname, record.getMessage()) for record in caplog.records]
+    """Level and text of what was logged, but for the debug line of each request."""
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    return [line for line in lines if not re.search("^(GET|POST) .* ms$", line[1])]
 
 
 @contextlib.contextmanager

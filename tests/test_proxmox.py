@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Final
 
@@ -95,23 +96,8 @@ def test_reason_is_shown_as_one_printable_line(plain_node: lab.SimulatedNode) ->
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(
-            b"<!DOCTYPE html><title>pve1 - Proxmox Virtual Environment</title>", id="html"
-        ),
-        pytest.param(b"", id="empty"),
-        pytest.param(b"[]", id="list"),
-        pytest.param(b"{}", id="no-data"),
-        pytest.param(b'{"data":null}', id="null"),
-        pytest.param(b'{"data":[]}', id="list-for-object"),
-        pytest.param(b'{"data":' + b"[" * 100_000, id="nested-without-end"),
-        pytest.param(b'{"data":{"uptime":' + b"9" * 5000 + b"}}", id="digits-without-end"),
-        pytest.param(b'{"data":{"a":"\xff"}}', id="not-utf-8"),
-        pytest.param(b"\x1f\x8b\x08\x00", id="gzip"),
-    ],
-)
+# Whatever else a body can be is in the fault table.
+@pytest.mark.parametrize("body", [b"{}", b'{"data":null}', b'{"data":[]}'], ids=bytes.decode)
 def test_unexpected_response_is_not_proxmoxs(plain_node: lab.SimulatedNode, body: bytes) -> None:
     plain_node.script(STATUS, lab.Reply(body=body))
     with pytest.raises(agent.TransportError, match=f"^GET {STATUS}: 200, .*; .*proxmox.url"):
@@ -137,18 +123,28 @@ def test_secret_that_comes_back_goes_no_further(plain_node: lab.SimulatedNode) -
     plain_node.script(STATUS, lab.Reply(500, f"no {secret}"))
     with pytest.raises(agent.HTTPError, match=r"500 no \*\*\*; "):
         make_collector(plain_node).collect()
-    plain_node.status["pveversion"] = f"pve-manager/{secret}/x"
-    assert make_collector(plain_node).collect().host.pve_version == "***"
 
 
 def test_reads_are_the_contracts(plain_node: lab.SimulatedNode) -> None:
     with contextlib.closing(agent.ProxmoxClient(proxmox_config(plain_node))) as client:
         assert client.node == "pve1"
         assert client.node_status()["uptime"] == 2574
-        assert [entry["vmid"] for entry in client.list_lxc()] == [*range(100, 111), 999]
         assert client.guest_config(100)["hostname"] == "web"
         assert client.version() == "9.2.11"
     assert {request.method for request in plain_node.requests} == {"GET"}
+
+
+# What a command line would read is quoted.
+@pytest.mark.parametrize("user", ["o'brien@ad", "svc$mon@ad", "a`b@pve"])
+def test_user_is_quoted_for_the_shell(plain_node: lab.SimulatedNode, user: str) -> None:
+    plain_node.token_id = f"{user}!mon"
+    plain_node.script(STATUS, lab.Reply(403, "Permission check failed"), lab.Reply(401, "No"))
+    for options in (["--users", user, "--tokens", f"{user}!mon"], ["token", "list", user]):
+        with pytest.raises(agent.HTTPError) as caught:
+            make_collector(plain_node).collect()
+        (command,) = re.findall(r"pveum (?:acl modify|user token).*?(?=;| and )", str(caught.value))
+        words = shlex.split(command)
+        assert [word for word in options if word not in words] == []
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -217,24 +213,24 @@ def set_up(node: lab.SimulatedNode, name: str) -> None:
     node.pools = {"/vms/100": "x", "/storage/bak": "x", "/vms/102": "y"}
 
 
-def collect(node: lab.SimulatedNode, *, thorough: bool) -> tuple[str, list[int]]:
+def collect(node: lab.SimulatedNode, *, check_all_paths: bool) -> tuple[str, list[int]]:
     """Return the error, or the guests that are reported."""
     try:
-        report = make_collector(node).collect(thorough=thorough)
+        report = make_collector(node).collect(check_all_paths=check_all_paths)
     except agent.AgentError as exc:
         return str(exc), []
     return "", [guest.vmid for guest in report.guests]
 
 
-@pytest.mark.parametrize("thorough", [False, True], ids=["daemon", "selftest"])
+@pytest.mark.parametrize("check_all_paths", [False, True], ids=["daemon", "selftest"])
 @pytest.mark.parametrize("name", TOKENS)
 def test_what_a_token_cannot_see_is_said_and_the_hint_helps(
-    plain_node: lab.SimulatedNode, log: pytest.LogCaptureFixture, name: str, thorough: bool
+    plain_node: lab.SimulatedNode, log: pytest.LogCaptureFixture, name: str, check_all_paths: bool
 ) -> None:
     """No guests for want of VM.Audit is an error in every mode, never an empty list."""
     _, _, error, guests, warning = TOKENS[name]
     set_up(plain_node, name)
-    found, reported = collect(plain_node, thorough=thorough)
+    found, reported = collect(plain_node, check_all_paths=check_all_paths)
     assert re.search(error or "^$", found)
     assert reported == guests
     told = [found, *(text for _, text in messages(log))]
@@ -247,14 +243,16 @@ def test_what_a_token_cannot_see_is_said_and_the_hint_helps(
     assert re.search(error or warning, told[0])
     follow(plain_node, told[0])
     log.clear()
-    is_solved = collect(plain_node, thorough=thorough) == ("", ALL) and not messages(log)
+    is_solved = collect(plain_node, check_all_paths=check_all_paths) == ("", ALL) and not messages(
+        log
+    )
     assert is_solved == (name not in OVERRIDDEN)
     if not is_solved:
         # The hint says so: an entry further down overrides what is granted on /.
         assert re.search("pveum acl list.*NoAccess.* down", told[0])
         plain_node.acl = [AUDITOR]
         log.clear()
-        assert collect(plain_node, thorough=thorough) == ("", ALL)
+        assert collect(plain_node, check_all_paths=check_all_paths) == ("", ALL)
         assert messages(log) == []
 
 
@@ -262,7 +260,7 @@ def test_separated_token_of_root_gets_no_more_than_the_role() -> None:
     """`--privsep 0` would hand out everything."""
     with lab.SimulatedNode(None, token="root@pam!agent=11111111") as node:
         node.token_acl = []
-        error, _ = collect(node, thorough=True)
+        error, _ = collect(node, check_all_paths=True)
         assert grant("root@pam!agent") in error
         assert "privsep" not in error
 
@@ -273,9 +271,9 @@ def test_all_privileges_are_judged_by_the_selftest_alone(
     plain_node.roles["PVEAdmin"] = (*lab.PRIVILEGES, "VM.PowerMgmt", "Sys.Modify")
     plain_node.acl.append(("/pool/x", "PVEAdmin", True))
     plain_node.guests = lab.many_guests(1)
-    collect(plain_node, thorough=False)
+    collect(plain_node, check_all_paths=False)
     assert messages(log) == []
-    collect(plain_node, thorough=True)
+    collect(plain_node, check_all_paths=True)
     ((level, text),) = messages(log)
     assert (level, "more than read: Sys.Modify, VM.PowerMgmt; " in text) == ("WARNING", True)
     assert "PVEAuditor" in text
