@@ -191,10 +191,12 @@ TOKENS: Final[Tokens] = {
         [no_access("/nodes/pve1", "PVEAuditor", False), no_access("/vms", "VMAudit")],
         *(None, "", ALL, ""),
     ),
-    "novms-itself": ([AUDITOR, no_access("/vms", "NoAccess", False)], None, "", ALL, NO_VM_AUDIT),
+    # Neither concerns a guest.
+    "novms-itself": ([AUDITOR, no_access("/vms", "NoAccess", False)], None, "", ALL, ""),
+    "vms-role-itself": ([AUDITOR, no_access("/vms", "PVEAuditor", False)], None, "", ALL, ""),
 }
 # Those that have an entry further down.
-OVERRIDDEN: Final = {"nonode", "novmrole", "novms", "novms-itself", "vms-itself-only"}
+OVERRIDDEN: Final = {"nonode", "novmrole", "novms"}
 
 
 def follow(node: lab.SimulatedNode, message: str) -> None:
@@ -249,11 +251,23 @@ def test_what_a_token_cannot_see_is_said_and_the_hint_helps(
     assert is_solved == (name not in OVERRIDDEN)
     if not is_solved:
         # The hint says so: an entry further down overrides what is granted on /.
-        assert re.search("pveum acl list.*NoAccess.* down", told[0])
+        assert re.search("; if pveum acl list .*NoAccess.*$", told[0])
         plain_node.acl = [AUDITOR]
         log.clear()
         assert collect(plain_node, check_all_paths=check_all_paths) == ("", ALL)
         assert messages(log) == []
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_privilege_counts_whether_or_not_it_propagates(
+    plain_node: lab.SimulatedNode, log: pytest.LogCaptureFixture, flag: int
+) -> None:
+    path = "/vms/999999999"
+    plain_node.guests, plain_node.vms = [], []
+    reply = lab.json_reply({"data": {path: {"VM.Audit": flag}}})
+    plain_node.script(f"/access/permissions?path={path}", lab.Forever(reply))
+    assert collect(plain_node, check_all_paths=False) == ("", [])
+    assert messages(log) == []
 
 
 def test_separated_token_of_root_gets_no_more_than_the_role() -> None:
@@ -263,6 +277,25 @@ def test_separated_token_of_root_gets_no_more_than_the_role() -> None:
         error, _ = collect(node, check_all_paths=True)
         assert grant("root@pam!agent") in error
         assert "privsep" not in error
+
+
+@pytest.mark.parametrize(
+    ("token", "hint"),
+    [
+        ("root@pam!agent", "use a token of a user of its own"),
+        ("agent@pve!agent", "remove every role except PVEAuditor; pveum acl list shows them"),
+    ],
+)
+def test_token_that_can_do_more_than_read_is_told_what_helps(
+    log: pytest.LogCaptureFixture, token: str, hint: str
+) -> None:
+    """root@pam has every privilege, but no role that one could remove."""
+    with lab.SimulatedNode(None, token=f"{token}=11111111") as node:
+        node.roles["Administrator"] = (*lab.PRIVILEGES, "VM.PowerMgmt")
+        node.acl, node.guests, node.vms = [("/", "Administrator", True)], [], []
+        collect(node, check_all_paths=False)
+    ((level, text),) = messages(log)
+    assert (level, text.endswith(f"more than read: VM.PowerMgmt; {hint}")) == ("WARNING", True)
 
 
 def test_all_privileges_are_judged_by_the_selftest_alone(
