@@ -96,7 +96,9 @@ def test_every_container_is_reported_by_vmid_templates_too(plain_node: lab.Simul
     assert specs[109] == agent.GuestSpec(cores=2, memory_bytes=512 << 20, disk_bytes=None)
 
 
-def test_other_nodes_of_the_cluster_are_ignored(node: lab.SimulatedNode) -> None:
+def test_other_nodes_of_the_cluster_are_ignored(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
     alone = make_collector(node, extras=EXTRAS).collect()
     guests = [lab.Guest(300, "web", config=lab.usual_config(300, "web"))]
     node.other_nodes = [
@@ -106,6 +108,7 @@ def test_other_nodes_of_the_cluster_are_ignored(node: lab.SimulatedNode) -> None
     ]
     report = make_collector(node, extras=EXTRAS).collect()
     assert dataclasses.replace(report, reported_at=alone.reported_at) == alone
+    assert messages(log) == []
 
 
 @pytest.mark.parametrize("status", ["offline", "online", None])

@@ -1,4 +1,4 @@
-"""Extras: VMs, storages and the newest backups, and that nothing more is asked without them.
+"""Extras: VMs, storages, backups, details and tasks, and that no more is asked without them.
 
 The simulated node's VMs, storages and backups are captured ones.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
+import re
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
 import pytest
 
 import lab
-from felhom_agent import AgentError, GuestSpec, HostReport
-from support import SOON_IF_BUSY, make_collector, messages
+from felhom_agent import AgentError, GuestDetails, GuestSpec, HostReport
+from lab import FIGURES
+from support import EXTRAS, SOON_IF_BUSY, make_collector, messages
 
 GIB: Final = 1 << 30
 PRUNE: Final = "/nodes/pve1/storage/{}/prunebackups?prune-backups=keep-all%3D1"
@@ -37,31 +41,44 @@ def collect(node: lab.SimulatedNode, *extras: str) -> HostReport:
     return report
 
 
-def find_calls(node: lab.SimulatedNode) -> list[str]:
-    return [request.path.removeprefix(node.base) for request in node.requests]
+def find_calls(node: lab.SimulatedNode, word: str = "") -> list[str]:
+    """The paths that were asked and have this word, without the time in them."""
+    paths = [request.path.removeprefix(node.base) for request in node.requests]
+    return [re.sub("since=[0-9]{10}&", "since=…&", path) for path in paths if word in path]
 
 
 def storages(report: HostReport) -> dict[str, str]:
     return {target.storage: target.status for target in report.storage_targets}
 
 
-def backups(report: HostReport) -> list[tuple[int, str, str]]:
-    return [(backup.vmid, backup.storage, backup.created_at) for backup in report.backups]
+def backups(report: HostReport) -> list[tuple[int, str, str, str]]:
+    fields = ("vmid", "type", "storage", "created_at")
+    return list(map(operator.attrgetter(*fields), report.backups))
 
+
+def warnings(log: pytest.LogCaptureFixture) -> list[str]:
+    return [text for level, text in messages(log) if level == "WARNING"]
+
+
+GUEST: Final = ("vmid", "type", "name", "status", "controller_version")
 
 # --- what is asked --------------------------------------------------------------------------------
 
-LISTS: Final = ["/cluster/resources", "/nodes/pve1/status", "/access/permissions?path=/vms"]
-USUAL: Final = ["/access/permissions?path=/nodes/pve1", "/nodes/pve1/lxc/100/config?current=1"]
+PERMISSIONS: Final = "/access/permissions?path="
+LISTS: Final = ["/cluster/resources", "/nodes/pve1/status", f"{PERMISSIONS}/vms/999999999"]
+USUAL: Final = [f"{PERMISSIONS}/nodes/pve1", "/nodes/pve1/lxc/100/config?current=1"]
 VMS: Final = [f"/nodes/pve1/qemu/{vmid}/config?current=1" for vmid in range(200, 205)]
-STORAGE: Final = ["/access/permissions?path=/storage"]
-NAMES: Final = ("none", "qemu", "storage", "backups", "all")
+STORAGE: Final = [f"{PERMISSIONS}/storage/999999999"]
+TASKS: Final = ["/nodes/pve1/tasks?source=archive&since=…&limit=50"]
+NAMES: Final = ("none", *EXTRAS, "all")
 CALLS: Final[Mapping[tuple[str, ...], list[str]]] = {
     (): LISTS + USUAL,
     ("qemu",): LISTS + USUAL + VMS,
     ("storage",): LISTS + STORAGE + USUAL,
     ("backups",): LISTS + STORAGE + USUAL + ASKED,
-    ("qemu", "storage", "backups"): LISTS + STORAGE + USUAL + VMS + ASKED,
+    ("details",): LISTS + USUAL,
+    ("tasks",): LISTS + USUAL + TASKS,
+    EXTRAS: LISTS + STORAGE + USUAL + VMS + ASKED + TASKS,
 }
 
 
@@ -76,6 +93,13 @@ def test_cycle_with_extras_makes_these_calls_and_no_others(
     assert len(report.guests) == (6 if "qemu" in extras else 1)
     assert bool(report.storage_targets) == bool({"storage", "backups"} & set(extras))
     assert bool(report.backups) == ("backups" in extras)
+    assert bool(report.audit_tail) == ("tasks" in extras)
+    assert (report.guests[0].details is not None) == ("details" in extras)
+    # No extra changes what the report has without it.
+    plain, full = (json.loads(each.to_json()) for each in (collect(node), report))
+    assert full["guests"][0].items() >= plain["guests"][0].items()
+    assert plain["guests"][0].keys() == {*GUEST, "spec"}
+    assert [plain[part] for part in ("storage_targets", "backups", "audit_tail")] == [[]] * 3
 
 
 # --- VMs ------------------------------------------------------------------------------------------
@@ -147,7 +171,8 @@ def test_vm_that_fails(node: lab.SimulatedNode, log: pytest.LogCaptureFixture) -
     assert [vmid for vmid in guests if guests[vmid].status == "unknown"] == [100, 201, new]
     # From its configuration.
     assert guests[new].name == "cloud"
-    assert [(level, "2 of 6 guests" in text) for level, text in messages(log)] == [("WARNING", 1)]
+    (warning,) = warnings(log)
+    assert warning.startswith("the configurations of 2 guests cannot be read")
 
 
 # --- storages -------------------------------------------------------------------------------------
@@ -161,6 +186,16 @@ def test_storages_are_sorted_and_unknown_without_sizes(node: lab.SimulatedNode) 
         ("nas", "nfs", "available", 4294967296, 31494144),
         ("nobackup", "dir", "available", 4294967296, 31494144),
         ("pbs", "pbs", "available", 4294967296, 31494144),
+    ]
+
+
+@pytest.mark.parametrize("plugintype", ["iscsi", "iscsidirect", "esxi"])
+def test_sizes_of_a_storage_that_has_none(node: lab.SimulatedNode, plugintype: str) -> None:
+    node.storages = [lab.Storage("x", "none", plugintype, total_bytes=0, used_bytes=0)]
+    node.storages += [lab.Storage("y", used_bytes=0)]
+    assert list(map(dataclasses.astuple, collect(node, "storage").storage_targets)) == [
+        ("x", plugintype, "available", None, None),
+        ("y", "dir", "available", 4294967296, 0),
     ]
 
 
@@ -186,47 +221,75 @@ def test_missing_privilege_on_storages_is_told_and_the_hint_helps(
 # --- backups --------------------------------------------------------------------------------------
 
 
-def test_newest_backup_of_each_guest_on_each_storage_is_reported(
+def test_newest_backup_of_each_guest_and_type_on_each_storage_is_reported(
     node: lab.SimulatedNode, log: pytest.LogCaptureFixture
 ) -> None:
-    """Renamed files have no guest; backups of guests that are gone count."""
+    """Only vzdump's own names say whose an archive is; backups of guests that are gone count."""
     report = collect(node, "backups")
     assert backups(report) == [
-        (100, "bak", "2026-11-24T02:00:03Z"),
-        (100, "nas", "2026-11-21T02:00:03Z"),
-        (101, "bak", "2026-11-21T02:00:40Z"),
-        (200, "bak", "2026-11-24T02:01:00Z"),
-        (999, "bak", "2025-01-01T00:00:00Z"),
+        (100, "lxc", "bak", "2026-11-24T02:00:03Z"),
+        (100, "lxc", "nas", "2026-11-21T02:00:03Z"),
+        (101, "lxc", "bak", "2026-11-21T02:00:40Z"),
+        # It was a VM before.
+        (101, "qemu", "bak", "2026-11-22T02:00:40Z"),
+        (106, "lxc", "bak", "2014-01-01T00:00:00Z"),
+        (200, "qemu", "bak", "2026-11-24T02:01:00Z"),
+        (999, "lxc", "bak", "2025-01-01T00:00:00Z"),
     ]
     volid = "bak:backup/vzdump-lxc-100-2026_11_24-02_00_03.tar.zst"
-    newest = (100, "bak", volid, "2026-11-24T02:00:03Z", None, None)
+    newest = (100, "lxc", "bak", volid, "2026-11-24T02:00:03Z", None, None)
     assert dataclasses.astuple(report.backups[0]) == newest
     assert messages(log) == []
 
 
-@pytest.mark.parametrize("age", [61, 315, -1])
-def test_no_storage_is_asked_while_the_list_is_old(node: lab.SimulatedNode, age: int) -> None:
+VOLID: Final = "bak:backup/vzdump-lxc-101-2026_11_24-02_00_03.tar.zst"
+RENAMED: Final = "bak:backup/vzdump-lxc-100-before-upgrade.tar.zst"
+
+
+@pytest.mark.parametrize(
+    ("volid", "ctime", "problem"),
+    [
+        (RENAMED, 1795572194, "none of the archives (1) is counted, because of their names"),
+        (VOLID, -3600, f"an archive without a valid date is not counted: {VOLID}"),
+        (VOLID, 253402300799, f"an archive without a valid date is not counted: {VOLID}"),
+    ],
+    ids=["own-name", "before-1970", "year-9999"],
+)
+def test_archive_that_does_not_count_is_told_and_the_others_stand(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, volid: str, ctime: int, problem: str
+) -> None:
+    bak = next(storage for storage in node.storages if storage.name == "bak")
+    bak.backups = [lab.backup(volid, ctime, 100, mark="protected")]
+    collector = make_collector(node, extras=["backups"])
+    for _ in range(2):
+        report = collector.collect()
+        assert storages(report)["bak"] == "available"
+        assert [backup.storage for backup in report.backups] == ["nas"]
+    assert warnings(log) == [f"storage bak: {problem}"]
+    bak.backups.append(lab.backup("bak:backup/vzdump-lxc-100-2026_11_24-02_00_03.tar", 9, 100))
+    assert backups(collector.collect())[0] == (100, "lxc", "bak", "1970-01-01T00:00:09Z")
+
+
+@pytest.mark.parametrize("age", [30, 31, 121, -1])
+def test_storages_are_asked_only_while_the_list_is_new(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, age: int
+) -> None:
     """What blocks pvestatd is mostly a storage that hangs, and would hold a pvedaemon worker."""
     node.resources_age_seconds = age
     report = collect(node, "backups")
-    assert not [call for call in find_calls(node) if "prunebackups" in call]
-    assert (set(storages(report).values()), report.backups) == ({"unknown"}, ())
+    assert find_calls(node, "prunebackups") == (ASKED if age == 30 else [])
+    assert bool(report.backups) == (age == 30)
+    # An available storage without backups would claim that there are none.
+    holding = {name: storages(report)[name] for name in ("bak", "local", "nas")}
+    assert set(holding.values()) == {"available" if age == 30 else "unknown"}
+    assert len(warnings(log)) == (age != 30)
 
 
 FAILURES: Final = {
-    "refused": lab.Reply(500, "unable to activate storage 'bak'"),
+    "refused": lab.Reply(500, "storage 'bak' is not online"),
     "forbidden": lab.Reply(403, "Permission check failed (/storage/bak, Datastore.Audit)"),
-    "hangs": lab.Stall(),
+    "closed": lab.Cut(),
     "other-type": lab.json_reply({"data": {}}),
-    **{
-        name: lab.json_reply({"data": [lab.backup("bak:backup/x", 1795485603, 100), entry]})
-        for name, entry in {
-            "no-guest": lab.backup("bak:backup/y", 1795485603, None),
-            "no-name": lab.backup("", 1795485603, 101),
-            "no-date": lab.backup("bak:backup/y", 0, 101),
-            "date-beyond-all": lab.backup("bak:backup/y", 10**15, 101),
-        }.items()
-    },
 }
 
 
@@ -236,17 +299,219 @@ def test_storage_whose_backups_cannot_be_read_is_unknown_and_the_others_are_not(
 ) -> None:
     """An empty list would claim that there are none.  While the list is old, none is asked."""
     node.script("/nodes/pve1/storage/bak/", lab.Forever(failure))
-    collector = make_collector(node, extras=("backups",), timeout_seconds=SOON_IF_BUSY)
+    collector = make_collector(node, extras=("backups",))
     for _ in range(2):
         report = collector.collect()
         found = storages(report)
         assert (found["bak"], found["local"], found["nas"]) == ("unknown", *["available"] * 2)
         assert report.storage_targets[0].total_bytes is None
-        assert backups(report) == [(100, "nas", "2026-11-21T02:00:03Z")]
+        assert backups(report) == [(100, "lxc", "nas", "2026-11-21T02:00:03Z")]
     node.clear_script()
     told = []
-    for node.resources_age_seconds in (61, 5):
+    for node.resources_age_seconds in (31, 5):
         collector.collect()
         told.append([level for level, text in messages(log) if "storage bak" in text])
     assert told == [["WARNING", "DEBUG"], ["WARNING", "DEBUG", "INFO"]]
-    assert PRUNE.format("bak") in messages(log)[0][1]
+    (text,) = [text for text in warnings(log) if "storage bak" in text]
+    assert PRUNE.format("bak") in text
+    # What the storage itself says is about the storage, and not about pveproxy.
+    assert ("pvesm status" in text) == (failure in (FAILURES["refused"], FAILURES["closed"]))
+
+
+@pytest.fixture
+def four_storages(node: lab.SimulatedNode) -> lab.SimulatedNode:
+    """Four, which hang as one NAS does."""
+    node.storages = [lab.Storage(f"nas{number}", plugintype="nfs") for number in range(4)]
+    node.script("/nodes/pve1/storage/", lab.Forever(lab.Stall()))
+    return node
+
+
+def test_only_one_of_the_storages_that_hang_is_asked(
+    four_storages: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    """Each would hold one of pvedaemon's three workers for good."""
+    node = four_storages
+    collector = make_collector(node, extras=["backups"], timeout_seconds=SOON_IF_BUSY)
+    for _ in range(3):
+        report = collector.collect()
+        assert set(storages(report).values()) == {"unknown"}
+        assert report.backups == ()
+    assert find_calls(node, "prunebackups") == [PRUNE.format("nas0")]
+    first, second = warnings(log)
+    assert re.search("storage nas0 .*timed out; check pvesm status, .* 30 s$", first)
+    assert re.search("nas0 .*not available, a day has passed, or the agent is restarted", second)
+
+
+@pytest.mark.parametrize("status", [595, 596])
+def test_pveproxys_own_time_out_counts_as_one(
+    four_storages: lab.SimulatedNode, log: pytest.LogCaptureFixture, status: int
+) -> None:
+    """596 comes after 30 s; any other answer is one."""
+    node = four_storages
+    node.clear_script()
+    node.script("/nodes/pve1/storage/", lab.Reply(status, "Connection timed out"))
+    report = collect(node, "backups")
+    others = "unknown" if status == 596 else "available"
+    assert storages(report) == {
+        "nas0": "unknown",
+        **dict.fromkeys(("nas1", "nas2", "nas3"), others),
+    }
+    assert ("pvesm status" in warnings(log)[0]) == (status == 596)
+
+
+@pytest.mark.parametrize("end", ["not available", "a day", "restart", "none of these"])
+def test_storages_are_asked_again(
+    four_storages: lab.SimulatedNode, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    node = four_storages
+    changes: dict[str, Any] = {"extras": ["backups"], "timeout_seconds": SOON_IF_BUSY}
+    collector, monotonic = make_collector(node, **changes), time.monotonic
+    collector.collect()
+    node.clear_script()
+    later = 86_300.0
+    if end == "not available":
+        node.storages[0].status = "unknown"
+        collector.collect()
+        assert len(find_calls(node, "prunebackups")) == 1 + 3
+        node.storages[0].status = "available"
+    elif end == "a day":
+        later = 86_400.0
+    elif end == "restart":
+        collector = make_collector(node, **changes)
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + later)
+    node.requests.clear()
+    report = collector.collect()
+    is_over = end != "none of these"
+    assert len(find_calls(node, "prunebackups")) == (4 if is_over else 0)
+    assert set(storages(report).values()) == {"available" if is_over else "unknown"}
+
+
+# --- details --------------------------------------------------------------------------------------
+
+
+def test_details_are_what_list_and_configuration_say(node: lab.SimulatedNode) -> None:
+    running = lab.Guest(100, "a", config={"onboot": 1, "tags": "größe;日本;UPPER;-x;;UPPER"})
+    running.list_extra = {"hastate": "started"}
+    stopped = lab.Guest(101, "b", "stopped", {"tags": "a,b c;d"}, lock="backup", template=True)
+    stopped.list_extra = {"hastate": None}
+    paused = lab.Guest(200, "c", "paused", type="qemu")
+    node.guests, node.vms = [running, stopped], [paused]
+    found = [guest.details for guest in collect(node, "details", "qemu").guests]
+    nothing: dict[str, Any] = dict.fromkeys(("uptime_seconds", "cpu_usage", "memory_used_bytes"))
+    defaults: dict[str, Any] = {"template": False, "lock": None, "tags": [], "ha_state": None}
+    tags = ["-x", "UPPER", "größe", "日本"]
+    measured = {"uptime_seconds": 123, "memory_used_bytes": 134217728}
+    measured["cpu_usage"] = FIGURES["cpu"]
+    first = defaults | measured | {"onboot": True, "tags": tags, "ha_state": "started"}
+    second = nothing | {"template": True, "onboot": False, "lock": "backup"}
+    assert found == [
+        GuestDetails(**first),
+        GuestDetails(**defaults | second | {"tags": ["a", "b", "c", "d"]}),
+        GuestDetails(**defaults | nothing | {"onboot": False}),
+    ]
+
+
+@pytest.mark.parametrize("case", ["old list", "refused", "unknown"])
+def test_detail_that_is_not_known_is_null(node: lab.SimulatedNode, case: str) -> None:
+    (guest,) = node.guests
+    guest.status = "running"
+    guest.config["onboot"], guest.lock = 1, "migrate"
+    if case == "old list":
+        node.resources_age_seconds = 121
+    elif case == "refused":
+        guest.config["env"] = "A=1"
+    else:
+        guest.status = "unknown"
+    details = collect(node, "details").guests[0].details
+    assert details
+    assert (details.lock, details.tags, details.ha_state) == ("migrate", [], None)
+    assert details.template is (False if case == "refused" else None)
+    assert details.onboot is (None if case == "refused" else True)
+    assert details.uptime_seconds == (123 if case == "refused" else None)
+    assert (details.memory_used_bytes is None) == (details.cpu_usage is None) == (case != "refused")
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+END_OF_TASK: Final = 1_795_485_603
+
+
+def read_tasks(node: lab.SimulatedNode, *tasks: object) -> list[tuple[str, ...]]:
+    """What becomes of these tasks, of which Proxmox lists the newest first."""
+    body = json.dumps({"data": tasks, "total": len(tasks)}).encode()
+    node.script("/nodes/pve1/tasks", lab.Reply(body=body))
+    return list(map(dataclasses.astuple, collect(node, "tasks").audit_tail))
+
+
+def test_finished_tasks_are_reported_the_oldest_first(node: lab.SimulatedNode) -> None:
+    by_token = {"user": "op@pve", "tokenid": "auto"}
+    assert read_tasks(
+        node,
+        lab.task("vzdump", 101, END_OF_TASK + 2, "WARNINGS: 1", **by_token),
+        lab.task("vzdump", "", END_OF_TASK + 1, "job errors"),
+        lab.task("vzdump", 100, END_OF_TASK),
+    ) == [
+        ("2026-11-24T02:00:03Z", "root@pam", "vzdump 100", "OK"),
+        ("2026-11-24T02:00:04Z", "root@pam", "vzdump", "job errors"),
+        ("2026-11-24T02:00:05Z", "op@pve!auto", "vzdump 101", "WARNINGS: 1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "result"),
+    [
+        (None, "unknown"),
+        ("", "unknown"),
+        ("\x1b[31mred\x1b[0m \x07", "\\x1b[31mred\\x1b[0m \\x07"),
+        ("x" * 5000, "x" * 511 + "…"),
+        ("\x1b" * 5000, ("\\x1b" * 128)[:511] + "…"),
+        ("\ud800", "\\xd800"),
+        ("ÿþ latin1", "ÿþ latin1"),
+    ],
+    ids=["none", "empty", "ESC", "long", "long-ESC", "surrogate", "latin-1"],
+)
+def test_result_of_a_task_is_printable(
+    node: lab.SimulatedNode, status: str | None, result: str
+) -> None:
+    ((*_, found),) = read_tasks(node, lab.task("vzdump", 100, END_OF_TASK, status))
+    assert found == result
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(None, [], "x", {}, {"endtime": END_OF_TASK}),
+        lab.task("vzdump", 100, None),
+        {**lab.task("vzdump", 100, None), "endtime": 0},
+        {**lab.task("vzdump", 100, None), "endtime": 10**15},
+        lab.task("vzdump", 100, END_OF_TASK, user=None),
+        lab.task("vzdump", 100, END_OF_TASK, type=5),
+    ],
+    ids=str,
+)
+def test_entry_that_is_no_finished_task_is_passed_over(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, entry: object
+) -> None:
+    assert len(read_tasks(node, entry, lab.task("vzdump", 101, END_OF_TASK))) == 1
+    assert messages(log) == []
+
+
+def test_tasks_of_the_last_day_are_asked_for(node: lab.SimulatedNode) -> None:
+    """By when they began; however long they took."""
+    begun = int(time.time()) - 86_400
+    node.tasks = [
+        lab.task("b", vmid, begun + 200, starttime=begun + distance)
+        for vmid, distance in ((101, 60), (100, -60))
+    ]
+    assert [entry.operation for entry in collect(node, "tasks").audit_tail] == ["b 101"]
+    node.tasks = [lab.task("b", 100, begun + 200 - number) for number in range(60)]
+    assert len(collect(node, "tasks").audit_tail) == 50
+
+
+def test_tasks_that_cannot_be_read_cost_a_warning(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    node.script("/nodes/pve1/tasks", lab.Reply(500, "no"))
+    assert collect(node, "tasks").audit_tail == ()
+    (warning,) = warnings(log)
+    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks?")
