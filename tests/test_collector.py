@@ -249,16 +249,17 @@ def test_container_with_environment_variables_keeps_its_status(
     node: lab.SimulatedNode, log: pytest.LogCaptureFixture
 ) -> None:
     """Proxmox refuses all of its configuration to who may not change it, for ever."""
-    for guest, changes in zip(node.guests, ({"cores": 2}, {"cpulimit": "1.5"}), strict=True):
-        del guest.config["cores"]
-        guest.config |= {"env": "A=1", "memory": 768, **changes}
+    node.guests = [
+        lab.Guest(100, "web", config={"env": "A=1", "cores": 2, "memory": 768}),
+        lab.Guest(101, "db", "stopped", config={"env": "A=1", "cpulimit": "1.5"}),
+    ]
     report = make_collector(node).collect()
-    assert statuses(report) == {guest.vmid: guest.status for guest in node.guests}
-    cores = {guest.vmid: 2 if "cores" in guest.config else None for guest in node.guests}
-    for guest in report.guests:
-        memory_bytes = 768 * 1024 * 1024
-        spec = agent.GuestSpec(cores=cores[guest.vmid], memory_bytes=memory_bytes, disk_bytes=None)
-        assert guest.spec == spec
+    assert statuses(report) == {100: "running", 101: "stopped"}
+    assert [guest.spec for guest in report.guests] == [
+        agent.GuestSpec(cores=2, memory_bytes=768 * 1024 * 1024, disk_bytes=None),
+        # A CPU limit is not a number of cores.
+        agent.GuestSpec(cores=None, memory_bytes=512 * 1024 * 1024, disk_bytes=None),
+    ]
     reason = "403 Permission check failed (/vms/100, VM.Config.Options)"
     assert levels(log, reason) == ["DEBUG"]
     assert {level for level, _ in messages(log)} == {"DEBUG"}

@@ -17,7 +17,6 @@ import pytest
 
 import lab
 from felhom_agent import AgentError, GuestDetails, GuestSpec, HostReport
-from lab import FIGURES
 from support import EXTRAS, SOON_IF_BUSY, make_collector, messages
 
 GIB: Final = 1 << 30
@@ -400,8 +399,8 @@ def test_details_are_what_list_and_configuration_say(node: lab.SimulatedNode) ->
     nothing: dict[str, Any] = dict.fromkeys(("uptime_seconds", "cpu_usage", "memory_used_bytes"))
     defaults: dict[str, Any] = {"template": False, "lock": None, "tags": [], "ha_state": None}
     tags = ["-x", "UPPER", "größe", "日本"]
-    measured = {"uptime_seconds": 123, "memory_used_bytes": 134217728}
-    measured["cpu_usage"] = FIGURES["cpu"]
+    measured: dict[str, Any] = {"uptime_seconds": 123, "memory_used_bytes": 134217728}
+    measured["cpu_usage"] = 0.245004192691072
     first = defaults | measured | {"onboot": True, "tags": tags, "ha_state": "started"}
     second = nothing | {"template": True, "onboot": False, "lock": "backup"}
     assert found == [
