@@ -12,8 +12,9 @@ pyz=dist/felhom-agent.pyz
 usage() {
     cat <<'END'
 usage: ./build.sh                   build dist/felhom-agent.pyz
-       ./build.sh demo [--keep]     build it and send a simulated node's report to the example hub;
-                                    --keep keeps both running, with the hub's page, until Ctrl-C
+       ./build.sh demo [--keep]     build it, have a simulated node report to the example hub and
+                                    fall silent, and show the alarm; --keep then keeps the hub's
+                                    page with three hosts, until Ctrl-C
        ./build.sh test [ARGUMENT]   build it and run the tests; arguments go to pytest
 
 For work on the agent itself:
@@ -87,41 +88,98 @@ END
     echo "$pyz: $(wc -c <"$pyz") bytes, sha256 $(sha256sum "$pyz" | cut -d ' ' -f 1)"
 }
 
-# Sends one report.  With --keep the agent goes on reporting, so that you can open the hub's page.
+# Shows a report, and the alarm when the next one is missing.
 demo() {
     work=$(mktemp -d) children=''
     trap 'trap "" HUP INT PIPE TERM; kill $children 2>/dev/null || :; wait; rm -rf "$work"' EXIT
     trap 'exit 130' HUP INT PIPE TERM
 
+    # The node's systemctl, and the command with which the hub tells you.
+    mkdir "$work/bin"
+    cat >"$work/bin/systemctl" <<'END'
+#!/bin/sh
+echo active
+END
+    cat >"$work/bin/tell" <<'END'
+#!/bin/sh
+echo "ALARM: host $1 is $2"
+END
+    chmod 755 "$work/bin/systemctl" "$work/bin/tell"
+    PATH=$work/bin:$PATH
+
     "$venv/bin/python" tests/lab.py --guests 3 --env-file "$work/lab.env" \
         >"$work/lab.log" 2>&1 &
-    children=$!
+    lab=$! children=$!
     await "$work/lab.log" test -e "$work/lab.env"
-
-    (umask 077 && echo '{"pve1": "demo-key"}' >"$work/keys.json")
-    "$venv/bin/python" examples/hub.py --keys "$work/keys.json" --database "$work/hub.sqlite3" \
-        --listen 127.0.0.1:0 --interval 60 >"$work/hub.log" 2>&1 &
-    children="$children $!"
-    await "$work/hub.log" grep -q 'listening on' "$work/hub.log"
-    url=$(sed -n 's|.*listening on \(http://[^/ ]*\).*|\1|p' "$work/hub.log")
 
     # Instead of this machine's own configuration, if it has one.
     (umask 077 && echo '{}' >"$work/agent.json")
     # shellcheck source=/dev/null
     . "$work/lab.env"
-    export FELHOM_AGENT_CONFIG="$work/agent.json" SHIV_ROOT="$work/shiv"
-    export FELHOM_AGENT_HUB_URL="$url" FELHOM_AGENT_HUB_API_KEY=demo-key FELHOM_AGENT_HUB_CA_FILE=
+    export FELHOM_AGENT_CONFIG="$work/agent.json" SHIV_ROOT="$work/shiv" FELHOM_AGENT_HUB_CA_FILE=''
 
-    printf '\n== felhom-agent.pyz --selftest=hub\n\n'
+    (umask 077 && echo '{"pve1": "key-1", "pve2": "key-2", "pve3": "key-3"}' >"$work/keys.json")
+    # A host is overdue after 60 s - 58 s.
+    start_hub --interval 60 --tolerance -58
+    title 'pve1 reports: felhom-agent.pyz --selftest=hub'
+    become_host 1
     "$venv/bin/python" -I "$pyz" --selftest=hub
+
+    title 'pve1 falls silent. This hub waits 2 s for the next report, yours will wait 11 minutes:'
+    await "$work/hub.log" grep -q '^ALARM' "$work/hub.log"
+    grep '^ALARM' "$work/hub.log"
+    echo '(The hub ran a command. Yours can send a mail or a push message, see docs/hub.md.)'
+
     if [ "${1-}" = --keep ]; then
-        printf '\n== the hub'\''s page: %s/ (Ctrl-C to stop)\n\n' "$url"
-        "$venv/bin/python" -I "$pyz" &
-        children="$children $!"
-        wait $!
+        keep_page
     else
-        printf '\n== to open the hub'\''s page, run ./build.sh demo --keep\n'
+        title 'to see the hub with three hosts, run ./build.sh demo --keep'
     fi
+}
+
+# Runs the hub with a host that is overdue, one that is late, and one that reports.
+keep_page() {
+    become_host 2
+    "$venv/bin/python" -I "$pyz" --selftest=hub >/dev/null 2>&1
+    kill "$hub"
+    wait "$hub" 2>/dev/null || :
+    children=$lab
+
+    # As if the last reports had come an hour and two minutes ago.
+    "$venv/bin/python" - "$work/hub.sqlite3" <<'END'
+import sqlite3, sys
+
+update = "UPDATE hosts SET received_at = received_at - ?1, due_at = due_at - ?1 WHERE host_id = ?2"
+with sqlite3.connect(sys.argv[1]) as database:
+    database.executemany(update, [(3600, "pve1"), (120, "pve2")])
+END
+
+    start_hub --interval 60
+    become_host 3
+    "$venv/bin/python" -I "$pyz" &
+    agent=$! children="$children $!"
+    title "the hub's page: $FELHOM_AGENT_HUB_URL/ (Ctrl-C to stop)"
+    echo 'pve1 is overdue, pve2 is late, pve3 reports every minute.'
+    wait "$agent"
+}
+
+start_hub() {
+    # That of a hub before it would say that this one is listening.
+    rm -f "$work/hub.log"
+    "$venv/bin/python" examples/hub.py --keys "$work/keys.json" --database "$work/hub.sqlite3" \
+        --listen 127.0.0.1:0 --on-change "$work/bin/tell" "$@" >"$work/hub.log" 2>&1 &
+    hub=$! children="$children $!"
+    await "$work/hub.log" grep -q 'listening on' "$work/hub.log"
+    url=$(sed -n 's|.*listening on \(http://[^/ ]*\).*|\1|p' "$work/hub.log")
+    export FELHOM_AGENT_HUB_URL="$url"
+}
+
+become_host() {
+    export FELHOM_AGENT_HUB_HOST_ID="pve$1" FELHOM_AGENT_HUB_API_KEY="key-$1"
+}
+
+title() {
+    printf '\n== %s\n\n' "$1"
 }
 
 # Waits until a command succeeds, at most half a minute and only while the last child runs.

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,22 +139,30 @@ def test_archive_writes_nothing_beside_itself(
 # --- build.sh ------------------------------------------------------------------------------------
 
 
-def test_demo_shows_the_report_and_leaves_no_process() -> None:
+def test_demo_shows_report_and_alarm_and_leaves_no_process() -> None:
     with subprocess.Popen(
         ["sh", ROOT / "build.sh", "demo", "--keep"],
         env={**os.environ, "PYTHON": PYTHON},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     ) as demo:
         try:
             assert demo.stdout
             shown = ""
-            while "the hub's page: http://127.0.0.1:" not in shown:
+            # The last that the agent of the third host logs.
+            while "interval is now 60 s" not in shown:
                 line = demo.stdout.readline()
                 assert line, shown
                 shown += line
             assert '"envelope"' in shown
+            assert "ALARM: host pve1 is overdue" in shown
+            assert "WARNING" not in shown
+            page = re.search("the hub's page: (http://127.0.0.1:[0-9]+/)", shown)
+            assert page
+            with urllib.request.urlopen(page[1], timeout=10) as response:
+                assert "Hosts: 1 overdue, 1 late, 1 on time" in response.read().decode()
             demo.terminate()
             assert demo.wait(10) == 130
             with pytest.raises(ProcessLookupError):
