@@ -22,6 +22,7 @@ For work on the agent itself:
        ./build.sh lab [ARGUMENT]    run the simulated node and hub until Ctrl-C
        ./build.sh soak [MINUTES]    run the agent against random faults
        ./build.sh bench [ARGUMENT]  measure what a cycle costs
+       ./build.sh screenshot        renew README's pictures of the hub's page (needs chromium)
 $PYTHON names the Python to use, 3.11 or newer; the default is python3.
 END
 }
@@ -208,7 +209,7 @@ command=${1-build}
 [ $# -eq 0 ] || shift
 case $command in
     build | demo | test | soak | bench) check_python && build ;;
-    lint | lab) check_python ;;
+    lint | lab | screenshot) check_python ;;
     help | -h | --help) usage && exit ;;
     *) usage >&2 && exit 2 ;;
 esac
