@@ -49,7 +49,10 @@ set_up() {
     venv=.venv/$version-$1
     shift
     made_for=$(echo "$identity" && cat "$@")
-    [ "$(cat "$venv/made-for" 2>/dev/null)" != "$made_for" ] || return 0
+    if [ "$(cat "$venv/made-for" 2>/dev/null)" = "$made_for" ]; then
+        return
+    fi
+
     echo "setting up $venv (once)" >&2
     "$python" -m venv --clear "$venv" ||
         die "$python cannot make a virtual environment: apt install python3-venv"
@@ -58,6 +61,7 @@ set_up() {
         "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps \
             --only-binary :all: --require-hashes -r "$file" || die "cannot install $file"
     done
+
     # Last, so that an interrupted set-up is repeated.
     printf '%s\n' "$made_for" >"$venv/made-for"
 }
@@ -73,6 +77,7 @@ build() {
     mkdir -p dist
     stage=$(mktemp -d "dist/stage.XXXXXX")
     install -m 644 felhom_agent.py felhom-agent.service agent.example.json "$stage"
+
     # With -I Python ignores its environment variables and the user's own packages on the node.
     "$venv/bin/python" -I - --site-packages "$stage" --entry-point felhom_agent:main \
         --python '/usr/bin/python3 -I' --reproducible --uncompressed \
@@ -83,6 +88,7 @@ unsorted = shiv.builder.iter_package_files
 shiv.builder.iter_package_files = lambda package: sorted(unsorted(package))
 shiv.cli.main()
 END
+
     rm -r "$stage"
     # Another build may be under way, so the file appears at once.
     mv "$stage.pyz" "$pyz"
@@ -206,18 +212,34 @@ lint() {
 }
 
 command=${1-build}
-[ $# -eq 0 ] || shift
+if [ $# -gt 0 ]; then
+    shift
+fi
+
+# What each command needs
 case $command in
-    build | demo | test | soak | bench) check_python && build ;;
-    lint | lab | screenshot) check_python ;;
-    help | -h | --help) usage && exit ;;
-    *) usage >&2 && exit 2 ;;
+    build | demo | test | soak | bench)
+        check_python
+        build
+        ;;
+    lint | lab | screenshot)
+        check_python
+        ;;
+    help | -h | --help)
+        usage
+        exit
+        ;;
+    *)
+        usage >&2
+        exit 2
+        ;;
 esac
 case $command in
     build) exit ;;
     bench) set_up bench tests/requirements.txt tests/requirements-bench.txt ;;
     *) set_up test tests/requirements.txt ;;
 esac
+
 case $command in
     demo) demo "$@" ;;
     lint) lint ;;
