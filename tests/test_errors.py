@@ -93,9 +93,9 @@ def test_problem_is_a_warning_when_it_starts_or_changes(
     warn: agent.WarnOnce, log: pytest.LogCaptureFixture
 ) -> None:
     for text in ("refused", "refused", "100 %s", "refused"):
-        warn.problem("hub", text)
+        warn.update("hub", text)
     # Another topic has its own problem.
-    warn.problem("list", "refused")
+    warn.update("list", "refused")
     assert messages(log) == [
         ("WARNING", "refused"),
         ("DEBUG", "refused"),
@@ -106,7 +106,7 @@ def test_problem_is_a_warning_when_it_starts_or_changes(
 
 
 @pytest.mark.parametrize(
-    "end", [agent.WarnOnce.resolved, lambda warn, topic: warn.problem(topic, "")]
+    "end", [agent.WarnOnce.resolve, lambda warn, topic: warn.update(topic, "")]
 )
 def test_end_is_logged_once_and_only_after_a_beginning(
     warn: agent.WarnOnce,
@@ -115,10 +115,10 @@ def test_end_is_logged_once_and_only_after_a_beginning(
 ) -> None:
     end(warn, "hub")
     assert messages(log) == []
-    warn.problem("hub", "refused")
+    warn.update("hub", "refused")
     end(warn, "hub")
     end(warn, "hub")
-    warn.problem("hub", "refused")
+    warn.update("hub", "refused")
     begun, over, again = messages(log)
     assert begun == again == ("WARNING", "refused")
     assert over[0] == "INFO"
@@ -131,6 +131,6 @@ def test_traceback_of_a_bug_is_shown_once(
     try:
         raise ZeroDivisionError
     except ZeroDivisionError:
-        warn.problem("cycle", "a bug", traceback=True)
-        warn.problem("cycle", "a bug", traceback=True)
+        warn.update("cycle", "a bug", traceback=True)
+        warn.update("cycle", "a bug", traceback=True)
     assert [bool(record.exc_info) for record in log.records] == [True, False]
