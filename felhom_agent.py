@@ -936,7 +936,7 @@ def build_backups(storage: str, archives: Sequence[object]) -> tuple[list[Backup
     if undated:
         problem = f"an archive without a valid date is not counted: {sanitize(undated[0])}"
     elif archives and not newest:
-        problem = f"{len(archives)} archives are not counted, because vzdump did not name them"
+        problem = f"its archives ({len(archives)}) are not counted, because of their names"
     backups = []
     for (vmid, guest_type), (created, volid) in newest.items():
         created_at = format_time(created)
@@ -2233,11 +2233,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def selftest(collector: Collector, hub: HubClient | None) -> int:
     """Collect once, send the report if there is a hub, and print both as JSON."""
+    proxmox = collector.proxmox
     result: dict[str, Any] = {}
-    verdict = f"node {collector.proxmox.node} was read without a failure"
+    verdict = f"node {proxmox.node} was read"
     try:
         if hub is None:
-            LOG.info("Proxmox VE %s", collector.proxmox.version())
+            LOG.info("Proxmox VE %s", proxmox.version())
+            with contextlib.suppress(AgentError):
+                # collect would only say that it was refused.
+                if "Sys.Audit" not in proxmox.privileges(f"/nodes/{proxmox.node}"):
+                    text = "without Sys.Audit on /nodes/%s, its metrics and tasks cannot be read"
+                    LOG.warning(text, proxmox.node)
         report = collector.collect(check_all_paths=hub is None)
         result["report"] = json.loads(report.to_json())
         if hub is not None:
