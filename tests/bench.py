@@ -115,7 +115,10 @@ def build_node(
     node.storages = [lab.Storage("local", "iso"), lab.Storage("local-lvm", "images", "lvmthin")]
     for name in ("bak", "nas"):
         backups = [
-            lab.backup(f"{name}:backup/vzdump-{guest.vmid}.zst", 1_795_485_603, guest.vmid)
+            lab.backup(
+                f"{name}:backup/vzdump-{guest.type}-{guest.vmid}-2026_11_24-02_00_03.zst",
+                *(1_795_485_603, guest.vmid, guest.type),
+            )
             for guest in (*guests, *node.vms)
         ]
         node.storages.append(lab.Storage(name, backups=backups))
