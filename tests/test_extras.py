@@ -248,9 +248,9 @@ RENAMED: Final = "bak:backup/vzdump-lxc-100-before-upgrade.tar.zst"
 @pytest.mark.parametrize(
     ("volid", "ctime", "problem"),
     [
-        (RENAMED, 1795572194, "none of the archives (1) is counted, because of their names"),
-        (VOLID, -3600, f"an archive without a valid date is not counted: {VOLID}"),
-        (VOLID, 253402300799, f"an archive without a valid date is not counted: {VOLID}"),
+        (RENAMED, 1795572194, r"\b1\b.* counted, because .* name"),
+        (VOLID, -3600, f"an archive without a valid date is not counted: {VOLID}$"),
+        (VOLID, 253402300799, f"an archive without a valid date is not counted: {VOLID}$"),
     ],
     ids=["own-name", "before-1970", "year-9999"],
 )
@@ -264,7 +264,8 @@ def test_archive_that_does_not_count_is_told_and_the_others_stand(
         report = collector.collect()
         assert storages(report)["bak"] == "available"
         assert [backup.storage for backup in report.backups] == ["nas"]
-    assert warnings(log) == [f"storage bak: {problem}"]
+    (warning,) = warnings(log)
+    assert re.search(f"^storage bak: .*{problem}", warning)
     bak.backups.append(lab.backup("bak:backup/vzdump-lxc-100-2026_11_24-02_00_03.tar", 9, 100))
     assert backups(collector.collect())[0] == (100, "lxc", "bak", "1970-01-01T00:00:09Z")
 

@@ -176,8 +176,8 @@ def test_backups_of_all_guests_are_listed_by_pvedaemon(
     }
     owners = {(entry["mark"], entry.get("vmid")) for entry in backups}
     assert owners == {
-        *(("keep", vmid) for vmid in (100, 101, 200, 999)),
-        *(("protected", vmid) for vmid in (100, 200)),
+        *(("keep", vmid) for vmid in (100, 101, 106, 200, 999)),
+        *(("protected", vmid) for vmid in (100, "100", 200, None)),
         *(("renamed", vmid) for vmid in ("100", None)),
     }
     call("/version")
