@@ -75,35 +75,6 @@ def test_refusal_says_operation_reason_and_hint(
     assert "never shown" not in str(caught.value)
 
 
-def test_plain_http_is_told_where_it_points_and_to_use_https(
-    plain_node: lab.SimulatedNode,
-) -> None:
-    target = f"https://127.0.0.1:8006/api2/json{STATUS}"
-    reply = lab.Reply(301, "Moved Permanently", b"Moved Permanently", {"Location": target})
-    plain_node.script(STATUS, reply)
-    with pytest.raises(agent.HTTPError, match="301 Moved Permanently") as caught:
-        make_collector(plain_node).collect()
-    problem, _, hint = str(caught.value).partition("; ")
-    assert problem.endswith(target)
-    assert re.search(r"https.*proxmox\.url$", hint)
-
-
-def test_reason_is_shown_as_one_printable_line(plain_node: lab.SimulatedNode) -> None:
-    reason = b"caf\xe9 \xe2\x98\x83 \x1b[31m\xc2\x85 done"
-    plain_node.script(STATUS, lab.Raw(b"HTTP/1.1 500 " + reason + b"\r\nContent-Length: 0\r\n\r\n"))
-    with pytest.raises(agent.HTTPError, match=r"500 caf.* done; ") as caught:
-        make_collector(plain_node).collect()
-    assert str(caught.value).isprintable()
-
-
-# Whatever else a body can be is in the fault table.
-@pytest.mark.parametrize("body", [b"{}", b'{"data":null}', b'{"data":[]}'], ids=bytes.decode)
-def test_unexpected_response_is_not_proxmoxs(plain_node: lab.SimulatedNode, body: bytes) -> None:
-    plain_node.script(STATUS, lab.Reply(body=body))
-    with pytest.raises(agent.TransportError, match=f"^GET {STATUS}: 200, .*; .*proxmox.url"):
-        make_collector(plain_node).collect()
-
-
 def test_hint_for_a_timeout_names_pmxcfs(plain_node: lab.SimulatedNode) -> None:
     """Without it the first request takes 10 to 20 seconds."""
     plain_node.script(STATUS, lab.Stall())
@@ -116,13 +87,6 @@ def test_refused_connection_names_url_and_service() -> None:
         collector = make_collector(node)
     with pytest.raises(agent.TransportError, match=r"refused; .*pveproxy.*proxmox\.url"):
         collector.collect()
-
-
-def test_secret_that_comes_back_goes_no_further(plain_node: lab.SimulatedNode) -> None:
-    secret = plain_node.token_secret
-    plain_node.script(STATUS, lab.Reply(500, f"no {secret}"))
-    with pytest.raises(agent.HTTPError, match=r"500 no \*\*\*; "):
-        make_collector(plain_node).collect()
 
 
 def test_reads_are_the_contracts(plain_node: lab.SimulatedNode) -> None:
