@@ -1573,6 +1573,10 @@ class ProxmoxClient(Client):
         """
         name = urllib.parse.quote(storage, safe="")
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
+        # With less time than that, a healthy storage could be taken for one that hangs.
+        if self._deadline - time.monotonic() < self.timeout_seconds:
+            hint = self.hint("no time left")
+            raise TransportError(f"GET {path}: no time left in this cycle; {hint}")
         return self.get(path, list)
 
     def tasks(self, since: int) -> Sequence[object]:

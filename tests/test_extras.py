@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 
 import lab
-from felhom_agent import AgentError, GuestDetails, GuestSpec, HostReport
+from felhom_agent import AgentError, GuestDetails, GuestSpec, HostReport, TransportError
 from support import EXTRAS, SOON_IF_BUSY, make_collector, messages
 
 GIB: Final = 1 << 30
@@ -340,6 +340,16 @@ def test_only_one_of_the_storages_that_hang_is_asked(
     first, second = warnings(log)
     assert re.search("storage nas0 .*timed out; check pvesm status, .* 30 s$", first)
     assert re.search("nas0 .*not available, a day has passed, or the agent is restarted", second)
+
+
+def test_storage_is_not_asked_without_the_time_that_it_may_take(node: lab.SimulatedNode) -> None:
+    """It could be taken for one that hangs, and none would be asked for a day."""
+    client = make_collector(node).proxmox
+    with client.session(time.monotonic() + 9.9):
+        assert client.node_status()
+        with pytest.raises(TransportError, match=r"no time left in this cycle; .*timeout_seconds"):
+            client.archives("bak")
+    assert find_calls(node, "prunebackups") == []
 
 
 @pytest.mark.parametrize("status", [595, 596])
