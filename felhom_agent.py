@@ -936,7 +936,8 @@ def build_backups(storage: str, archives: Sequence[object]) -> tuple[list[Backup
     if undated:
         problem = f"an archive without a valid date is not counted: {sanitize(undated[0])}"
     elif archives and not newest:
-        problem = f"its archives ({len(archives)}) are not counted, because of their names"
+        count = plural(len(archives), "archive")
+        problem = f"{count} not counted, because vzdump did not name them"
     backups = []
     for (vmid, guest_type), (created, volid) in newest.items():
         created_at = format_time(created)
@@ -1298,9 +1299,12 @@ def raise_timeout(*_: object) -> None:
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off."""
-    body = response.read(max_bytes + 1)
-    if len(body) > max_bytes:
-        raise ValueError(f"the reply is longer than {max_bytes} bytes")
+    body = b""
+    # Not read(), which would keep every chunk, down to single bytes, as an object of its own.
+    while piece := response.read1(65536):
+        body += piece
+        if len(body) > max_bytes:
+            raise ValueError(f"the reply is longer than {max_bytes} bytes")
     # How much of Content-Length is missing
     if response.length:
         raise http.client.IncompleteRead(body, response.length)
@@ -1376,8 +1380,7 @@ class Client:
         start = time.monotonic()
         seconds = min(self.timeout_seconds, self._deadline - start)
         if seconds <= 0:
-            hint = self.hint("no time left")
-            raise TransportError(f"{operation}: no time left in this cycle; {hint}")
+            raise self.no_time_left(operation)
 
         try:
             response, content = limit_time(seconds, self._exchange, method, path, body)
@@ -1413,6 +1416,10 @@ class Client:
             if 200 <= response.status < 300:
                 content = read_body(response, self.max_bytes)
         return response, content
+
+    def no_time_left(self, operation: str) -> TransportError:
+        hint = self.hint("no time left")
+        return TransportError(f"{operation}: no time left in this cycle; {hint}")
 
     def unusable(self, operation: str, problem: str, status: int = 200) -> TransportError:
         """Return the error for a success that this server would never send."""
@@ -1573,10 +1580,9 @@ class ProxmoxClient(Client):
         """
         name = urllib.parse.quote(storage, safe="")
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
-        # With less time than that, a healthy storage could be taken for one that hangs.
         if self._deadline - time.monotonic() < self.timeout_seconds:
-            hint = self.hint("no time left")
-            raise TransportError(f"GET {path}: no time left in this cycle; {hint}")
+            # A healthy storage could be taken for one that hangs.
+            raise self.no_time_left(f"GET {path}")
         return self.get(path, list)
 
     def tasks(self, since: int) -> Sequence[object]:

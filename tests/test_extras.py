@@ -248,7 +248,7 @@ RENAMED: Final = "bak:backup/vzdump-lxc-100-before-upgrade.tar.zst"
 @pytest.mark.parametrize(
     ("volid", "ctime", "problem"),
     [
-        (RENAMED, 1795572194, "archives not counted, because vzdump did not name them: 1$"),
+        (RENAMED, 1795572194, "1 archive not counted, because vzdump did not name them$"),
         (VOLID, -3600, f"an archive without a valid date is not counted: {VOLID}$"),
         (VOLID, 253402300799, f"an archive without a valid date is not counted: {VOLID}$"),
     ],

@@ -221,7 +221,7 @@ def traced_memory() -> Iterator[None]:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("place", "maximum_mib"), [("status", 20), ("hub", 10)])
+@pytest.mark.parametrize(("place", "maximum_mib"), [("status", 20), ("hub", 4)])
 @pytest.mark.parametrize("fault", FLOODS, ids=NAME)
 def test_flood_takes_little_more_memory_than_the_cap(
     healthy_agent: Agent, fault: faults.Fault, place: str, maximum_mib: int

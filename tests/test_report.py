@@ -469,7 +469,7 @@ OWN_NAMES: Final = [
 ARCHIVES: Final[Mapping[str, tuple[list[dict[str, object]], list[tuple[int, str]], str]]] = {
     "none": ([], [], ""),
     "own-names-beside": ([*OWN_NAMES, SCHEDULED], [(100, "lxc")], ""),
-    "own-names-alone": (OWN_NAMES, [], "4 archives are not counted, because vzdump did"),
+    "own-names-alone": (OWN_NAMES, [], "4 archives not counted, because vzdump did"),
     "was-a-vm": (
         [SCHEDULED, archive("qemu-100-2026_11_01-02_00_03.vma", 1793498403)],
         [(100, "lxc"), (100, "qemu")],
