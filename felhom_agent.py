@@ -63,9 +63,9 @@ MAX_TASKS: Final = 50
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 REPORT_PATH: Final = "/api/v1/host-report"
 
-# What proxmox.extras may name.  A further extra takes a line here, a class or fields in "wire
-# contract", a call in "Proxmox client", a function that builds its part, and a line in
-# Collector.collect.
+# What proxmox.extras may name.  A further extra takes five places: a line here, a class or fields
+# in "wire contract", a function there that builds them, a call in "Proxmox client" unless its
+# replies are read anyway, and a _read_ method for it in Collector.collect.
 EXTRAS: Final[Mapping[str, str]] = {
     "qemu": "virtual machines, too, among the guests",
     "storage": "the node's storages and how full they are",
@@ -151,7 +151,7 @@ def describe(exc: BaseException) -> str:
 
 
 def describe_failure(exc: Exception) -> str:
-    """Return an error's message; of a bug only its type, since its message may quote anything."""
+    """Return an error's message, or the type of a bug, whose traceback goes to the log alone."""
     if isinstance(exc, AgentError):
         return str(exc)
     return f"bug in the agent, please report it: {type(exc).__name__}"
@@ -253,6 +253,10 @@ def is_timeout(seconds: int) -> bool:
     return 1 <= seconds <= 300
 
 
+def is_host_id(text: str) -> bool:
+    return len(text) <= 255 and text.isprintable() and text == text.strip()
+
+
 def are_extras(words: Sequence[str]) -> bool:
     return all(word in EXTRAS for word in words)
 
@@ -263,7 +267,6 @@ is_token_id: Final = matches(r"[!-.0-9;-~]+@[\w.-]+![\w.-]+")
 is_printable: Final = matches("[!-~]+")
 is_absolute_path: Final = matches(r"/[^\x00]*")
 is_sha256: Final = matches("([0-9A-Fa-f]{2}:?){32}")
-is_host_id: Final = matches(r"\S(.{0,253}\S)?")
 # systemctl would take a leading dash for an option.
 is_unit_name: Final = matches(r"[\w:.@\\][\w:.@\\-]{0,254}")
 
@@ -297,7 +300,7 @@ class HubConfig:
         required=True,
     )
     host_id: str = setting(
-        "", "1 to 255 characters, without spaces at the ends", is_host_id, required=True
+        "", "1 to 255 printable characters, without spaces at the ends", is_host_id, required=True
     )
     api_key: str = setting("", HIDDEN, is_printable, required=True, secret=True)
     # Any integer is accepted and then limited, see load_config.
@@ -367,7 +370,7 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
 
     problems: dict[str, str] = {}
     for name, values in document.items():
-        # authz is reserved for signed operations, and not read.
+        # authz is reserved for a later version; this one has no use for it.
         if name not in (*SECTIONS, "authz"):
             LOG.warning("config: unknown key %s is ignored", sanitize(name))
         elif not isinstance(values, dict):
@@ -452,12 +455,14 @@ def load_section(
             problems[f"{section}.{item.name}"] = problem
         else:
             values[item.name] = value
+    names = [item.name for item in dataclasses.fields(defaults)]
     for name in in_file:
-        if not hasattr(defaults, name):
+        if name not in names:
             LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
 
     if "ca_file" in values:
-        # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA.
+        # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA
+        # under the same file name.
         credential = find_credential(environ, os.path.basename(values["ca_file"]))
         values["ca_file"] = credential or values["ca_file"]
     return dataclasses.replace(defaults, **values)
@@ -541,7 +546,10 @@ class HostMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestSpec:
-    """A guest's configured resources, the same whether it runs or not."""
+    """A guest's configured resources, the same whether it runs or not.
+
+    `disk_bytes`: of a container the root volume, without mount points; of a VM all disks.
+    """
 
     cores: int | None
     memory_bytes: int | None
@@ -809,7 +817,8 @@ def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | N
 def build_listed_spec(entry: object) -> GuestSpec:
     """Build the spec of a guest whose configuration the token may not read, from its entry.
 
-    `maxcpu` is a fraction if it is a CPU limit, and `maxdisk` is not the size of the disk.
+    `maxcpu` is a fraction if it is a CPU limit, so that cores are unknown, and `maxdisk` may be the
+    size of the host's file system.
     """
     return GuestSpec(
         cores=get_int(entry, "maxcpu") or None,
@@ -859,7 +868,9 @@ def build_details(
     onboot = None
     if isinstance(config, dict):
         # Unset means no.
-        onboot = get_flag({"onboot": 0, **config}, "onboot")
+        onboot = False
+        if "onboot" in config:
+            onboot = get_flag(config, "onboot")
     measured: object = {}
     if is_running:
         measured = entry
@@ -978,6 +989,8 @@ def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
                 result=sanitize(str(lookup(task, "status") or "unknown"), 512),
             )
         )
+    # Proxmox lists the newest first, and several may have ended in the same second.
+    entries.reverse()
     return sorted(entries, key=lambda entry: entry.at)
 
 
@@ -1159,7 +1172,8 @@ class Connection(http.client.HTTPConnection):
                 self.close()
                 raise
         # A server that refuses a request may close the connection before it has read all of it.
-        # Its response is there to be read all the same, and says why.
+        # Its response is there to be read all the same, and says why.  If there is none, reading
+        # fails.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)
 
@@ -1182,7 +1196,8 @@ class TLSConnection(Connection):
         address = host
         if not re.search(r":[0-9]+$", host):
             address = f"{host}:{self.default_port}"
-        # Some proxies demand Host, which Python 3.11 would not send.
+        # Not http.client's own tunnel: Python 3.11 sends no Host, which some proxies demand, and
+        # tells the proxy's status only in the text of an OSError.
         lines = [f"CONNECT {address} HTTP/1.1", f"Host: {address}"]
         for name, value in (headers or {}).items():
             lines.append(f"{name}: {value}")
@@ -1232,7 +1247,8 @@ class PinnedConnection(TLSConnection):
     """Accepts exactly one certificate, and sends nothing before it has seen that one."""
 
     def __init__(self, host: str, context: ssl.SSLContext, fingerprint: str) -> None:
-        # The fingerprint replaces the check of chain and host name.
+        # The fingerprint replaces the check of chain and host name.  No other client uses this
+        # context.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         super().__init__(host, context=context)
@@ -1278,8 +1294,9 @@ def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     reading.  The exception comes out of that call.  Only the lookup of a name is not interrupted;
     there it comes out when the lookup has ended.
 
-    The alarm repeats each second, because one exception can be lost: Python drops it if a finalizer
-    is running, and create_connection goes on to the next address.
+    It works in the main thread only, which is the only one here.  The alarm repeats each second,
+    because one exception can be lost: Python drops it if a finalizer is running, and
+    create_connection goes on to the next address.
     """
     signal.signal(signal.SIGALRM, raise_timeout)
     # Python runs a signal's handler when a call returns.  So `finally` switches the timer off
@@ -1376,7 +1393,8 @@ class Client:
 
     def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Send a request and return the reply.  Raises TransportError or HTTPError."""
-        operation = f"{method} {path}"
+        # Without what changes in each cycle: the same problem must remain the same message.
+        operation = f"{method} {re.sub('&since=[0-9]+', '', path)}"
         start = time.monotonic()
         seconds = min(self.timeout_seconds, self._deadline - start)
         if seconds <= 0:
@@ -1388,6 +1406,7 @@ class Client:
             self.logger.debug("%s: no response, %.0f ms", operation, milliseconds_since(start))
             self.close()
             # "from None", because the original exception may quote what the server sent.
+            # A bug would end here, too: it costs this request, not the heartbeat.
             raise self._transport_error(operation, path, exc) from None
         status = response.status
         self.logger.debug("%s: %d, %.0f ms", operation, status, milliseconds_since(start))
@@ -1444,7 +1463,7 @@ class Client:
         if 300 <= response.status < 400:
             reply += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
             hint = self.hint("redirect")
-        retry_after = parse_retry_after(response.headers.get("Retry-After", ""))
+        retry_after = parse_retry_after(response.headers.get("Retry-After", "").strip())
         message = f"{operation}: {reply}; {hint}"
         return HTTPError(message, status=response.status, retry_after=retry_after)
 
@@ -1475,15 +1494,18 @@ class ProxmoxClient(Client):
 
         SECRETS.update({config.token_secret} - {""})
         self._headers = {"Authorization": f"PVEAPIToken={config.token_id}={config.token_secret}"}
+        self._is_plain = config.url.startswith("http:")
+        self._fingerprint = config.fingerprint
         # Kept, because a TLS handshake takes six times as long as a call
-        self._connection: http.client.HTTPConnection
-        if config.url.startswith("http:"):
+        self._connection: Connection | None = None
+
+    def _new_connection(self) -> Connection:
+        if self._is_plain:
             # For a loopback address alone, see load_config.
-            self._connection = Connection(self.address)
-        elif config.fingerprint:
-            self._connection = PinnedConnection(self.address, self.context, config.fingerprint)
-        else:
-            self._connection = TLSConnection(self.address, context=self.context)
+            return Connection(self.address)
+        if self._fingerprint:
+            return PinnedConnection(self.address, self.context, self._fingerprint)
+        return TLSConnection(self.address, context=self.context)
 
     @contextlib.contextmanager
     def session(self, deadline: float) -> Iterator[None]:
@@ -1497,20 +1519,27 @@ class ProxmoxClient(Client):
             self.close()
 
     def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        if self._connection.sock is not None:
+        if self._connection is not None:
             # The server may have closed a kept connection.  Then a new one decides.
             try:
-                return self._send(method, path, body)
+                return self._send(self._connection, method, path, body)
             except (ConnectionError, ssl.SSLError):
                 self.close()
-        return self._send(method, path, body)
+        self._connection = self._new_connection()
+        return self._send(self._connection, method, path, body)
 
-    def _send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        self._connection.request(method, f"/api2/json{path}", body, self._headers)
-        return self._connection.getresponse()
+    def _send(
+        self, connection: Connection, method: str, path: str, body: bytes | None
+    ) -> http.client.HTTPResponse:
+        connection.request(method, f"/api2/json{path}", body, self._headers)
+        return connection.getresponse()
 
     def close(self) -> None:
-        self._connection.close()
+        # No connection is used again after that: if its request was interrupted, http.client would
+        # send the rest of it together with the next one.
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def hint(self, cause: str | int, path: str = "") -> str:
         # Only these calls depend on the storage itself.
@@ -1554,9 +1583,10 @@ class ProxmoxClient(Client):
         """
         path = "/cluster/resources"
         entries = [entry for entry in self.get(path, list) if isinstance(entry, dict)]
-        nodes = sorted(str(entry.get("node")) for entry in entries if entry.get("type") == "node")
+        nodes = [entry.get("node") for entry in entries if entry.get("type") == "node"]
         if self.node not in nodes:
-            hint = f"set proxmox.node to one of (case-sensitive): {sanitize(', '.join(nodes))}"
+            names = ", ".join(sorted(str(node) for node in nodes))
+            hint = f"set proxmox.node to one of (case-sensitive): {sanitize(names)}"
             raise AgentError(f"GET {path}: node {self.node} is not listed; {hint}")
         # To leave out a guest would claim that it does not exist.
         own = [entry for entry in entries if entry.get("node") == self.node]
@@ -1581,7 +1611,7 @@ class ProxmoxClient(Client):
         name = urllib.parse.quote(storage, safe="")
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
         if self._deadline - time.monotonic() < self.timeout_seconds:
-            # A healthy storage could be taken for one that hangs.
+            # A healthy storage might not answer in what is left, and be taken for one that hangs.
             raise self.no_time_left(f"GET {path}")
         return self.get(path, list)
 
@@ -1650,7 +1680,8 @@ def notify_status(summary: str) -> None:
 # Where the configuration has a guest's name
 CONFIG_NAME: Final = {"lxc": "hostname", "qemu": "name"}
 # No guest and no storage has this name.  What the token may do there it has inherited, so it may do
-# it at every guest or storage without an entry of its own in the ACL.
+# it at every guest or storage without an entry of its own in the ACL.  An entry that hides a single
+# guest is not noticed: Proxmox shows it nowhere.
 NO_SUCH_ID: Final = "999999999"
 
 
@@ -1679,16 +1710,15 @@ def get_list_age(node_status: object, node_entry: object) -> int | None:
 def find_unmeasured(guests: Entries) -> str:
     """Return which kinds of guests are all listed as unknown, in words, or an empty string.
 
-    If it is only one of several, it was just created.
+    A kind with a single guest does not count, since that may be new, unless all are unknown.
     """
+    all_unknown = all(entry.get("status") == "unknown" for entry in guests)
     kinds = []
     for guest_type, kind in GUEST_TYPES.items():
         of_type = select(guests, guest_type)
-        is_unmeasured = all(entry.get("status") == "unknown" for entry in of_type)
-        if is_unmeasured and len(of_type) > 1:
+        is_unknown = all(entry.get("status") == "unknown" for entry in of_type)
+        if of_type and is_unknown and (all_unknown or len(of_type) > 1):
             kinds.append(kind)
-    if guests and all(entry.get("status") == "unknown" for entry in guests):
-        kinds = ["guests"]
     return " and ".join(kinds)
 
 
@@ -1729,7 +1759,7 @@ class Collector:
 
         `check_all_paths` looks for the token's excess privileges on all paths, not only on those
         that the agent reads.  Raises AgentError if the list or the node's status cannot be read,
-        or if the report might be false.
+        if a list is empty and the token may be the reason, or if the node has just booted.
         """
         seconds = COLLECT_TIMEOUT_FACTOR * self.proxmox.timeout_seconds
         with self.proxmox.session(time.monotonic() + seconds):
@@ -1862,18 +1892,19 @@ class Collector:
         hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
         problem = ""
         if get_text(node_entry, "status") == "offline":
+            # The age decides all the same what is believed.
             problem = (
                 f"Proxmox lists node {self.proxmox.node} as offline; check pvecm status, and "
                 "systemctl status corosync pve-cluster"
             )
-        elif not is_fresh:
+        elif not is_fresh or unmeasured:
             uptime = get_int(node_status, "uptime")
             if uptime is not None and uptime < BOOT_SECONDS:
                 raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
-            problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so all "
-            problem += f"guests are unknown; {hint}"
-        elif unmeasured:
             problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
+            if not is_fresh:
+                problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so "
+                problem += f"all guests are unknown; {hint}"
         self._warn.update("pvestatd", problem)
         return is_fresh
 
@@ -1898,12 +1929,15 @@ class Collector:
             except AgentError as exc:
                 self._logger.debug("%s", exc)
                 is_refused = isinstance(exc, HTTPError) and exc.status == 403
-                if is_refused and listed_status != "unknown":
-                    # A guest that is listed may be seen, so this is not about VM.Audit.  Proxmox
-                    # refuses a configuration that holds a container's environment variables.
+                if listed_status == "unknown":
+                    # A new guest, or one that pvestatd's warning covers
+                    pass
+                elif is_refused:
+                    # A guest that is listed may be seen, so this is not about VM.Audit.  Proxmox VE
+                    # 9.1 refuses a configuration that holds a container's environment variables.
                     status = listed_status
                     spec = build_listed_spec(entry)
-                elif listed_status != "unknown":
+                else:
                     failures.append(exc)
 
             details = None
@@ -1956,18 +1990,22 @@ class Collector:
                     backups += newest
             storages.append(storage)
 
-        if not reads_backups or not is_fresh:
+        if not reads_backups or not any(holds_backups(entry) for entry in entries):
             pause = ""
-        self._warn.update("backups", pause)
+        # Of an old list, _check_age warns.
+        if is_fresh:
+            self._warn.update("backups", pause)
         return storages, sorted(backups, key=lambda item: (item.vmid, item.type, item.storage))
 
     def _find_pause(self, entries: Entries, age: int | None) -> str:
         """Return why no storage is to be asked for its backups, or an empty string.
 
         pvedaemon has three workers, and each request to a storage that hangs blocks one for good.
+        As long as none is asked, each storage that holds backups is reported as unknown.
         """
         available = [entry.get("storage") for entry in entries if is_available(entry)]
         if self._hung_storage not in available or time.monotonic() >= self._pause_end:
+            # Proxmox has noticed, or it may have been mended.
             self._hung_storage = ""
         if self._hung_storage:
             return (
@@ -2003,14 +2041,17 @@ class Collector:
         if "tasks" not in self.proxmox.extras:
             return ()
         since = int(time.time()) - TASK_SECONDS
+        # The contract has no way to say that the tasks are unknown; the warning does.
         tasks = self._attempt("audit_tail", self.proxmox.tasks, since)
         return build_audit_tail(tasks or ())
 
 
 def holds_backups(entry: Mapping[str, object]) -> bool:
     """Return whether a storage may be asked; a Proxmox Backup Server has its own API and tokens."""
+    if not get_text(entry, "storage") or entry.get("plugintype") == "pbs":
+        return False
     content = get_text(entry, "content") or ""
-    return "backup" in content.split(",") and entry.get("plugintype") != "pbs"
+    return "backup" in content.split(",")
 
 
 # ---- hub client ----------------------------------------------------------------------------------
@@ -2027,7 +2068,8 @@ class HubHandler(urllib.request.AbstractHTTPHandler):
         self.context = context
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        # For a loopback address alone, see load_config.
+        # For a loopback address alone, see load_config.  Instead of urllib's time-out, which is
+        # dropped here and below, limit_time holds.
         return self.do_open(lambda host, **_: Connection(host), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
@@ -2041,7 +2083,8 @@ def find_proxy(address: str) -> str:
     if not url or is_loopback(host) or urllib.request.proxy_bypass(address):
         return ""
     # TLSConnection speaks to no others, so that the proxy's password goes nowhere else.
-    if not re.fullmatch(r"http://([^@/:\s]+(:[^@/\s]*)?@)?[^@/\s]*[^@/:\s]:[0-9]{1,5}/?", url):
+    match = re.fullmatch(r"http://([^@/:\s]+:[^@/\s]+@)?([^@/\s]+:[0-9]+)/?", url)
+    if match is None or not is_root_url(f"http://{match[2]}"):
         expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
         raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
     return url
@@ -2097,8 +2140,8 @@ class HubClient(Client):
 def retry_delay(interval: float, failures: int, retry_after: int | None) -> float:
     """Return the seconds to wait after this number of failures in a row.
 
-    15, 60, 240, … up to the interval, times 0.5 to 1.  Retry-After times 1 to 2 can only lengthen
-    that.  The random factors keep agents from returning together.
+    15, 60, 240, … up to the interval, times 0.5 to 1.  Retry-After, of either server and at most an
+    hour, times 1 to 2 can only lengthen that.  Random, so that agents do not return together.
     """
     # After six steps every interval is reached; without a limit a float would overflow some day.
     steps = min(failures - 1, 6)
@@ -2183,7 +2226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 on success, 1 if collect or report failed, 2 if the configuration is invalid."""
     arguments = parse_arguments(argv)
     if arguments.print:
-        # The files stand beside this one, in the archive, too.
+        # The files stand beside this one; the archive unpacks itself before it runs this.
         name = {"unit": "felhom-agent.service", "config": "agent.example.json"}[arguments.print]
         with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
             sys.stdout.buffer.write(file.read())
