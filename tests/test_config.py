@@ -21,20 +21,14 @@ VALID: Final[Mapping[str, Mapping[str, object]]] = {
     "proxmox": {"node": "pve1", "token_id": "felhom-agent@pve!agent", "token_secret": TOKEN_SECRET},
     "hub": {"url": "https://hub.example.com", "host_id": "pve1", "api_key": API_KEY},
 }
-SECTIONS: Final[Mapping[str, Any]] = {
-    "proxmox": agent.ProxmoxConfig(),
-    "hub": agent.HubConfig(),
-    "cloudflared": agent.CloudflaredConfig(),
+FIELDS: Final = {
+    f"{name}.{item.name}": item
+    for name, section in agent.SECTIONS.items()
+    for item in dataclasses.fields(section)
 }
-# Every key and the type of its value.
-KEYS: Final[Mapping[str, type]] = {
-    f"{section}.{item.name}": type(getattr(defaults, item.name))
-    for section, defaults in SECTIONS.items()
-    for item in dataclasses.fields(defaults)
-}
-INTEGERS: Final = [key for key in KEYS if KEYS[key] is int]
-URLS: Final = [key for key in KEYS if key.endswith(".url")]
-CA_FILES: Final = [key for key in KEYS if key.endswith(".ca_file")]
+# Every key and the type of its value
+KEYS: Final = {key: str(item.type).partition("[")[0] for key, item in FIELDS.items()}
+INTEGERS: Final = [key for key in KEYS if KEYS[key] == "int"]
 SECRETS: Final = ["proxmox.token_secret", "hub.api_key"]
 
 NOT_HTTPS: Final = [
@@ -97,27 +91,11 @@ REFUSED: Final[Mapping[str, list[Any]]] = {
     "hub.ca_file": ["ca.pem", "./ca.pem", "~/ca.pem"],
     "cloudflared.unit": ["-x.service", "--version", "a b", "a;b", "a/b", "x\n", "$(x)", "a" * 256],
 }
-# What the message on it says, after "must be ".
-EXPECTED: Final[Mapping[str, str]] = {
-    "proxmox.url": "https://host[:port]",
-    "proxmox.node": "the node's short name, without a domain",
-    "proxmox.token_id": "user@realm!tokenname in ASCII",
-    "proxmox.token_secret": "printable ASCII without spaces (not shown)",
-    "proxmox.ca_file": "an absolute path",
-    "proxmox.fingerprint": "a SHA-256, 64 hexadecimal digits",
-    "proxmox.timeout_seconds": "an integer from 1 to 300",
-    "proxmox.extras": f"a list of {', '.join(EXTRAS)}",
-    "hub.url": "https://host[:port][/path] in ASCII (xn--…), without user, query, fragment or %",
-    "hub.host_id": "1 to 255 characters, without spaces at the ends",
-    "hub.api_key": "printable ASCII without spaces (not shown)",
-    "hub.timeout_seconds": "an integer from 1 to 300",
-    "hub.ca_file": "an absolute path",
-    "cloudflared.unit": "the name of a systemd unit",
-}
-WRONG_TYPES: Final[Mapping[type, list[Any]]] = {
-    str: [1, True, None, 1.5, [], {}, ["x"]],
-    int: ["60", True, None, 60.0, 1e99, [], {}],
-    tuple: ["qemu", 1, True, None, {}, [1], ["qemu", None]],
+WRONG_TYPES: Final[Mapping[str, list[Any]]] = {
+    "str": [1, True, None, 1.5, [], {}, ["x"]],
+    "int": ["60", True, None, 60.0, 1e99, [], {}],
+    "tuple": ["qemu", 1, True, None, {}, [1], ["qemu", None]],
+    "section": ["x", 1, None, [], [{}]],
 }
 
 
@@ -141,11 +119,6 @@ def with_value(key: str, value: object) -> dict[str, dict[str, object]]:
 
 def with_variable(key: str, value: object) -> dict[str, str]:
     return {f"FELHOM_AGENT_{key.replace('.', '_').upper()}": as_text(value)}
-
-
-def rows(table: Mapping[str, list[Any]]) -> list[Any]:
-    pairs = [(key, value) for key, values in table.items() for value in values]
-    return [pytest.param(key, value, id=f"{key}={ascii(value)[:25]}") for key, value in pairs]
 
 
 def problems(config: agent.Config, *, hub: bool = True) -> dict[str, str]:
@@ -188,21 +161,15 @@ def load_value(request: pytest.FixtureRequest, load: Load) -> Load:
     )
 
 
-# ---- keys ----------------------------------------------------------------------------------------
+def test_byte_order_mark_is_no_problem(load: Load) -> None:
+    assert load(b"\xef\xbb\xbf" + json.dumps(VALID).encode()) == load(VALID)
 
 
-def test_defaults(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_is_by_default_the_short_host_name(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "pve7.example.com")
-    shown = load({}).redacted()
-    defaults = {f"{name}.{key}": value for name in shown for key, value in shown[name].items()}
-    assert {key: defaults[key] for key in ACCEPTED if defaults[key]} == {
-        "proxmox.url": "https://127.0.0.1:8006",
-        "proxmox.node": "pve7",
-        "proxmox.timeout_seconds": 10,
-        "hub.poll_seconds": 900,
-        "hub.timeout_seconds": 30,
-        "cloudflared.unit": "cloudflared.service",
-    }
+    assert load({}).proxmox.node == "pve7"
 
 
 def test_what_has_no_default_is_required(load: Load) -> None:
@@ -225,19 +192,22 @@ def test_wrong_type_is_refused_unless_the_environment_mends_it(load: Load, key: 
 
 
 @pytest.mark.parametrize("key", ACCEPTED)
-def test_empty_variable_counts_as_unset(
+def test_environment_wins_over_the_file_unless_it_is_empty(
     load: Load, caplog: pytest.LogCaptureFixture, key: str
 ) -> None:
+    in_file = {"int": 61, "str": "/file", "tuple": ["storage"]}[KEYS[key]]
+    config = load(with_value(key, in_file), with_variable(key, ACCEPTED[key][-1]))
+    assert text_of(config, key) == as_text(ACCEPTED[key][-1])
     config = load(with_value(key, ACCEPTED[key][-1]), with_variable(key, ""))
     assert text_of(config, key) == as_text(ACCEPTED[key][-1])
     assert text_of(load({}, with_variable(key, "")), key) == text_of(load({}), key)
     assert warnings(caplog) == []
 
 
-@pytest.mark.parametrize("section", [*SECTIONS, "authz"])
-@pytest.mark.parametrize("value", ["x", 1, None, [], [{}]], ids=repr)
-def test_section_that_is_not_an_object_is_refused(load: Load, section: str, value: object) -> None:
-    assert problems(load({**VALID, section: value}))[section] == "must be an object"
+@pytest.mark.parametrize("section", [*agent.SECTIONS, "authz"])
+def test_section_that_is_not_an_object_is_refused(load: Load, section: str) -> None:
+    for value in WRONG_TYPES["section"]:
+        assert problems(load({**VALID, section: value}))[section] == "must be an object"
 
 
 def test_authz_is_accepted_and_not_read(load: Load, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,74 +215,57 @@ def test_authz_is_accepted_and_not_read(load: Load, caplog: pytest.LogCaptureFix
     assert warnings(caplog) == []
 
 
-@pytest.mark.parametrize(("key", "value"), rows(ACCEPTED))
-def test_value_is_accepted(load_value: Load, key: str, value: object) -> None:
-    config = load_value(key, value)
-    assert problems(config) == {}
-    assert text_of(config, key) == as_text(value)
-
-
-@pytest.mark.parametrize(("key", "value"), rows(REFUSED))
-def test_value_is_refused_without_being_shown(load: Load, key: str, value: object) -> None:
-    assert problems(load(with_value(key, value))) == {key: f"must be {EXPECTED[key]}"}
-
-
-@pytest.mark.parametrize("key", URLS)
-@pytest.mark.parametrize("url", NOT_HTTPS)
-def test_secrets_go_nowhere_without_tls(load_value: Load, key: str, url: str) -> None:
-    assert problems(load_value(key, url)) == {key: f"must be https, got {url}"}
-
-
-# ---- environment ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("key", ACCEPTED)
-def test_environment_wins_over_the_file(load: Load, key: str) -> None:
-    given = {int: 61, str: "/file", tuple: ["storage"]}[KEYS[key]]
-    config = load(with_value(key, given), with_variable(key, ACCEPTED[key][-1]))
-    assert text_of(config, key) == as_text(ACCEPTED[key][-1])
+def test_value_is_accepted(load_value: Load, key: str) -> None:
+    for value in ACCEPTED[key]:
+        config = load_value(key, value)
+        assert (problems(config), text_of(config, key)) == ({}, as_text(value))
 
 
-@pytest.mark.parametrize(
-    ("text", "extras"),
-    [("qemu", ("qemu",)), (" qemu , storage", ("qemu", "storage")), ("qemu,,storage", None)],
-)
-def test_extras_in_the_environment_are_separated_by_commas(
-    load: Load, text: str, extras: tuple[str, ...] | None
-) -> None:
-    config = load(VALID, {"FELHOM_AGENT_PROXMOX_EXTRAS": text})
-    assert (None if problems(config) else config.proxmox.extras) == extras
+@pytest.mark.parametrize("key", REFUSED)
+def test_value_is_refused_without_being_shown(load: Load, key: str) -> None:
+    expected = FIELDS[key].metadata["expected"]
+    for value in REFUSED[key]:
+        assert problems(load(with_value(key, value))) == {key: f"must be {expected}"}, value
 
 
-@pytest.mark.parametrize(
-    "text", ["ten", "1.5", "1e3", "0x10", "1 0", "-", "9" * 5000], ids=lambda text: text[:9]
-)
+@pytest.mark.parametrize("key", ["proxmox.url", "hub.url"])
+def test_secrets_go_nowhere_without_tls(load_value: Load, key: str) -> None:
+    for url in NOT_HTTPS:
+        assert problems(load_value(key, url)) == {key: f"must be https, got {url}"}
+
+
+def test_extras_in_the_environment_are_separated_by_commas(load: Load) -> None:
+    key = "proxmox.extras"
+    config = load(VALID, with_variable(key, " qemu , storage"))
+    assert (problems(config), config.proxmox.extras) == ({}, ("qemu", "storage"))
+    assert list(problems(load(VALID, with_variable(key, "qemu,,storage")))) == [key]
+
+
+@pytest.mark.parametrize("text", ["ten", "1.5", "1e3", "0x10", "1 0", "-"])
 @pytest.mark.parametrize("key", INTEGERS)
 def test_variable_that_is_not_an_integer_keeps_the_value_of_the_file(
     load: Load, caplog: pytest.LogCaptureFixture, key: str, text: str
 ) -> None:
     config = load(with_value(key, 77), with_variable(key, text))
     assert (text_of(config, key), problems(config)) == ("77", {})
-    (warning,) = warnings(caplog)
-    assert set(with_variable(key, text)) == {word for word in warning.split() if "_" in word}
+    [variable] = with_variable(key, text)
+    assert warnings(caplog) == [f"config: {variable} is not an integer and is ignored"]
 
 
-@pytest.mark.parametrize("seconds", [-5, 0, 59, 60, 900, 3600, 3601, 10**15])
+@pytest.mark.parametrize(
+    ("seconds", "used"), [(-5, 60), (59, 60), (60, 60), (3600, 3600), (3601, 3600), (10**15, 3600)]
+)
 def test_poll_interval_is_clamped_with_a_warning(
-    load_value: Load, caplog: pytest.LogCaptureFixture, seconds: int
+    load_value: Load, caplog: pytest.LogCaptureFixture, seconds: int, used: int
 ) -> None:
-    key, used = "hub.poll_seconds", min(max(seconds, 60), 3600)
-    config = load_value(key, seconds)
+    config = load_value("hub.poll_seconds", seconds)
     assert (config.hub.poll_seconds, problems(config)) == (used, {})
-    told = [key in text and str(used) in text for text in warnings(caplog)]
+    told = ["hub.poll_seconds" in text and str(used) in text for text in warnings(caplog)]
     assert told == ([] if used == seconds else [True])
-    assert (agent.MIN_POLL_SECONDS, agent.MAX_POLL_SECONDS) == (60, 3600)
 
 
-# ---- problems ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hub", [None, "x", {}, {"poll_seconds": "x"}, {"ca_file": "x"}], ids=repr)
+@pytest.mark.parametrize("hub", [None, "x", {}, {"ca_file": "x"}], ids=repr)
 def test_without_the_hub_only_the_rest_is_judged(load: Load, hub: object) -> None:
     config = load({**VALID, "hub": hub})
     assert problems(config)
@@ -335,9 +288,7 @@ def test_unknown_key_is_named_and_ignored(load: Load, caplog: pytest.LogCaptureF
     [
         pytest.param(b"", "line 1 column 1", id="empty"),
         pytest.param(b'{\n  "hub": {\n    "url" "%s"\n  }\n}', "line 3 column 11", id="no colon"),
-        pytest.param(b'{"hub": {"api_key": "%s"},}', "line 1", id="comma too many"),
         pytest.param(b'{} // "%s"', "line 1 column 4", id="comment"),
-        pytest.param(b'{"hub": {"api_key": "%s\n"}}', "line 1", id="line feed in a string"),
         pytest.param(b'{"hub": {"host_id": "%s\xff"}}', "utf-8", id="not UTF-8"),
         pytest.param(b'["%s"]', "JSON object", id="list"),
         pytest.param(b"[" * 100_000, "", id="brackets without end"),
@@ -356,13 +307,6 @@ def test_file_that_is_not_a_configuration_is_refused_and_not_shown(
     assert TOKEN_SECRET not in message
 
 
-def test_byte_order_mark_is_no_problem(load: Load) -> None:
-    assert load(b"\xef\xbb\xbf" + json.dumps(VALID).encode()) == load(VALID)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
 def write_named(folder: Path) -> str:
     """Write a configuration file whose host_id is its folder's name."""
     folder.mkdir()
@@ -375,9 +319,9 @@ def write_named(folder: Path) -> str:
 def test_option_before_variable_before_credential(tmp_path: Path) -> None:
     option, named = write_named(tmp_path / "option"), write_named(tmp_path / "variable")
     environ = {"CREDENTIALS_DIRECTORY": os.path.dirname(write_named(tmp_path / "credential"))}
-    for variable, found in (("", "credential"), (named, "variable")):
-        environ["FELHOM_AGENT_CONFIG"] = variable
-        assert agent.load_config(None, environ).hub.host_id == found
+    assert agent.load_config(None, environ).hub.host_id == "credential"
+    environ["FELHOM_AGENT_CONFIG"] = named
+    assert agent.load_config(None, environ).hub.host_id == "variable"
     assert agent.load_config(option, environ).hub.host_id == "option"
 
 
@@ -389,24 +333,20 @@ def test_file_that_nobody_named_may_be_missing(folder: str) -> None:
     assert config.hub.host_id == "x"
 
 
-@pytest.mark.parametrize("by_variable", [False, True], ids=["option", "variable"])
 @pytest.mark.parametrize(
     ("name", "problem"),
     [("none", "no such file"), ("", "Is a directory"), ("file/x", "Not a directory")],
     ids=["missing", "directory", "below a file"],
 )
-def test_file_that_was_named_must_be_readable(
-    tmp_path: Path, by_variable: bool, name: str, problem: str
-) -> None:
+def test_file_that_was_named_must_be_readable(tmp_path: Path, name: str, problem: str) -> None:
     (tmp_path / "file").touch()
     path = str(tmp_path / name)
-    environ = {"FELHOM_AGENT_CONFIG": path if by_variable else "/nonexistent"}
-    with pytest.raises(agent.ConfigError) as caught:
-        agent.load_config(None if by_variable else path, environ)
-    assert str(caught.value).startswith(f"config: {path}: {problem}")
+    for option, variable in ((path, "/nonexistent"), (None, path)):
+        with pytest.raises(agent.ConfigError, match=f"^config: {path}: {problem}"):
+            agent.load_config(option, {"FELHOM_AGENT_CONFIG": variable})
 
 
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700, 0o640, 0o604, 0o644, 0o440], ids=oct)
+@pytest.mark.parametrize("mode", [0o400, 0o700, 0o640, 0o604, 0o644], ids=oct)
 def test_file_that_others_may_read_is_warned_of_with_a_line_to_paste(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:
@@ -434,7 +374,7 @@ def test_file_that_only_root_may_read_says_so(tmp_path: Path) -> None:
     assert str(caught.value) == f"config: {path}: Permission denied; run this as root"
 
 
-@pytest.mark.parametrize("key", CA_FILES)
+@pytest.mark.parametrize("key", ["proxmox.ca_file", "hub.ca_file"])
 def test_credential_is_read_instead_of_the_ca_file_of_its_name(
     load: Load, tmp_path: Path, key: str
 ) -> None:
@@ -450,21 +390,18 @@ def test_credential_is_read_instead_of_the_ca_file_of_its_name(
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
-    [(None, "No such file"), ("", "no cert"), ("-----BEGIN CERTIFICATE-----\n", "PEM lib")],
-    ids=["missing", "empty", "cut off"],
+    ("name", "problem"),
+    [("none", "No such file"), ("empty", "no cert"), ("cut-off", "PEM lib")],
 )
-def test_ca_file_without_a_certificate_is_refused(
-    tmp_path: Path, content: str | None, problem: str
-) -> None:
-    path = tmp_path / "ca.pem"
-    if content is not None:
-        path.write_text(content, "ascii")
+def test_ca_file_without_a_certificate_is_refused(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "cut-off").write_text("-----BEGIN CERTIFICATE-----\n", "ascii")
+    path = str(tmp_path / name)
     told = rf"\.ca_file: {path}: no usable PEM file \({problem}[^;]*$"
     with pytest.raises(agent.ConfigError, match=rf"^config: proxmox{told}"):
-        agent.ProxmoxClient(agent.ProxmoxConfig(ca_file=str(path)))
+        agent.ProxmoxClient(agent.ProxmoxConfig(ca_file=path))
     with pytest.raises(agent.ConfigError, match=rf"^config: hub{told}"):
-        agent.HubClient(agent.HubConfig(url="https://h", ca_file=str(path)))
+        agent.HubClient(agent.HubConfig(url="https://h", ca_file=path))
 
 
 def test_ca_file_of_proxmox_that_is_missing_names_what_provides_it() -> None:
@@ -473,24 +410,21 @@ def test_ca_file_of_proxmox_that_is_missing_names_what_provides_it() -> None:
         agent.ProxmoxClient(agent.ProxmoxConfig(ca_file="/etc/pve/no-such-ca.pem"))
 
 
-# ---- secrets -------------------------------------------------------------------------------------
-
-
 def test_secrets_are_not_in_what_is_shown_of_a_configuration(load: Load) -> None:
     config = load(VALID)
     shown = config.redacted()
     assert (shown["proxmox"]["token_secret"], shown["hub"]["api_key"]) == ("***", "***")
-    for text in (repr(config), str(config), repr(config.proxmox), f"{config.hub}", str(shown)):
+    for text in (repr(config), repr(config.proxmox), repr(config.hub), str(shown)):
         assert TOKEN_SECRET not in text
         assert "k3y" not in text
 
 
 @pytest.mark.parametrize("key", SECRETS)
-@pytest.mark.parametrize("secret", BAD_SECRETS, ids=ascii)
 def test_refused_secret_is_not_shown(
-    load_value: Load, log: pytest.LogCaptureFixture, key: str, secret: str
+    load_value: Load, log: pytest.LogCaptureFixture, key: str
 ) -> None:
-    config = load_value(key, "hunter2hunter2" + secret)
-    assert list(problems(config)) == [key]
-    shown = [str(problems(config)), repr(config), str(config.redacted()), log.text]
-    assert not [text for text in shown if "hunter2" in text]
+    for secret in BAD_SECRETS:
+        config = load_value(key, "hunter2hunter2" + secret)
+        assert list(problems(config)) == [key]
+        shown = [str(problems(config)), repr(config), str(config.redacted()), log.text]
+        assert not [text for text in shown if "hunter2" in text]
