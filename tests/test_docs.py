@@ -1,42 +1,56 @@
-"""README.md and docs/ say what the module does: tables, commands, links, messages."""
+"""README.md, docs/ and their schemas say what module and example hub do, and lead somewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import jsonschema
 import pytest
 
 import felhom_agent as agent
 import lab
+import lenient_schema
 import test_config
 import test_report
-from support import EXTRAS, make_collector, make_hub_client
+from examples import hub as example_hub
+from support import EXTRAS, make_collector, make_report
 
 ROOT: Final = Path(__file__).parent.parent
+DOCS: Final = ROOT / "docs"
 README: Final = (ROOT / "README.md").read_text("utf-8")
-HUB_PAGE: Final = (ROOT / "docs" / "hub.md").read_text("utf-8")
-SCHEMA: Final = (ROOT / "docs" / "host-report.schema.json").read_text("utf-8")
-EXAMPLE: Final = json.loads((ROOT / "docs" / "host-report.example.json").read_text("utf-8"))
-MESSAGES: Final = (ROOT / "docs" / "messages.md").read_text("utf-8")
-PAGES: Final = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+HUB_PAGE: Final = (DOCS / "hub.md").read_text("utf-8")
+PAGES: Final = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
+STRICT: Final = json.loads((DOCS / "host-report.schema.json").read_text("utf-8"))
+LENIENT: Final = json.loads((DOCS / "host-report-lenient.schema.json").read_text("utf-8"))
+EXAMPLE: Final = json.loads((DOCS / "host-report.example.json").read_text("utf-8"))
+COMPAT: Final = Path(__file__).parent / "compat" / "before-details"
+BEFORE_DETAILS: Final = json.loads((COMPAT / "host-report.schema.json").read_text("utf-8"))
+GUEST: Final[dict[str, Any]] = EXAMPLE["guests"][0]
+DETAILS: Final = {item.name for item in dataclasses.fields(agent.GuestDetails)}
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of each row of README's table with this first heading."""
-    lines = README.split("\n")
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of each row of a page's table with this first heading."""
+    start = page.index(f"\n| {heading} |")
+    _heading, _line, *rows = page[start:].strip().partition("\n\n")[0].split("\n")
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def names_in(cells: Any) -> set[str]:
+    return set(re.findall(r"`([\w.]+)`", " ".join(cells)))
+
+
+def problems(schema: Any, report: object) -> list[str]:
+    validator = jsonschema.Draft202012Validator(schema)
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(report)]
 
 
 # ---- what has several places ---------------------------------------------------------------------
@@ -50,28 +64,18 @@ def compare(names: set[str], places: dict[str, set[str]]) -> None:
 
 
 def test_extra_is_in_every_place() -> None:
-    [row] = [row for row in table("key") if row[0] == "`proxmox.extras`"]
-    [paragraph] = re.findall(r"(?ms)^\*\*Extras\*\*.*?^$", README)
-    forms = {
-        "EXTRAS in tests/support.py": (str(EXTRAS), "'{}'"),
-        "proxmox.extras in README.md": (row[3], "`{}`"),
-        "Extras in README.md": (paragraph, "(`{}`)"),
-        "docs/hub.md": (HUB_PAGE, "`{}`"),
-        "docs/host-report.schema.json": (SCHEMA, "the extra {}"),
+    places = {
+        "EXTRAS in tests/support.py": {*EXTRAS},
+        "the table of extras in README.md": names_in(row[0] for row in table(README, "extra")),
+        "the table of extras in docs/hub.md": names_in(row[0] for row in table(HUB_PAGE, "extra")),
+        "docs/host-report.schema.json": set(re.findall(r"the extra (\w+)", json.dumps(STRICT))),
     }
-    missing = [
-        f"{extra} is not in {place}"
-        for extra in agent.EXTRAS
-        for place, (text, form) in forms.items()
-        if form.format(extra) not in text
-    ]
-    assert not missing, "\n".join(missing)
-    assert set(EXTRAS) == set(agent.EXTRAS)
+    compare({*agent.EXTRAS}, places)
 
 
 def test_setting_is_in_every_place() -> None:
     places = {
-        "the table in README.md": {row[0].strip("`") for row in table("key")} - {"authz"},
+        "the table in README.md": names_in(row[0] for row in table(README, "key")) - {"authz"},
         "ACCEPTED in tests/test_config.py": {*test_config.ACCEPTED},
         # Any integer will do.
         "REFUSED in tests/test_config.py": {*test_config.REFUSED, "hub.poll_seconds"},
@@ -90,36 +94,37 @@ def find_fields(part: Any, prefix: str = "") -> Iterator[str]:
             yield from find_fields(value, f"{prefix}{name}.")
 
 
-def find_described(schema: Any, part: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the fields that a schema describes in the same way."""
-    part = schema["$defs"].get(str(part.get("$ref")).rpartition("/")[2], part)
-    yield from find_described(schema, part["items"], prefix) if "items" in part else ()
+def find_described(part: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the fields that the schema describes in the same way."""
+    part = STRICT["$defs"].get(str(part.get("$ref")).rpartition("/")[2], part)
+    yield from find_described(part["items"], prefix) if "items" in part else ()
     for name, inner in part.get("properties", {}).items():
         yield prefix + name
-        yield from find_described(schema, inner, f"{prefix}{name}.")
+        yield from find_described(inner, f"{prefix}{name}.")
 
 
 def test_field_of_the_report_is_in_every_place() -> None:
-    def names(part: Any) -> set[str]:
-        return {item.name for item in dataclasses.fields(part)}
+    def names(part: Any) -> dict[str, Any]:
+        return {item.name: None for item in dataclasses.fields(part)}
 
-    guest = dict.fromkeys(names(agent.Guest) - {"details"} | names(agent.GuestDetails))
+    guest = {**names(agent.Guest), **names(agent.GuestDetails), "spec": names(agent.GuestSpec)}
+    del guest["details"]
     report = {
-        **dict.fromkeys(names(agent.HostReport)),
-        "host": dict.fromkeys(names(agent.HostMetrics)),
-        "guests": {**guest, "spec": dict.fromkeys(names(agent.GuestSpec))},
-        "cloudflared": dict.fromkeys(names(agent.Cloudflared)),
-        "storage_targets": dict.fromkeys(names(agent.StorageTarget)),
-        "backups": dict.fromkeys(names(agent.Backup)),
-        "audit_tail": dict.fromkeys(names(agent.AuditEntry)),
+        **names(agent.HostReport),
+        "host": names(agent.HostMetrics),
+        "guests": guest,
+        "cloudflared": names(agent.Cloudflared),
+        "storage_targets": names(agent.StorageTarget),
+        "backups": names(agent.Backup),
+        "audit_tail": names(agent.AuditEntry),
     }
     fields = set(find_fields(report))
-    schema = json.loads(SCHEMA)
-    described = set(find_described(schema, schema))
     # Both are empty in this version.
-    described -= {name for name in described if re.match(r"(restore_tests|pbs_snapshots)\.", name)}
+    empty = re.compile(r"(restore_tests|pbs_snapshots)\.")
     places = {
-        "docs/host-report.schema.json": described,
+        "docs/host-report.schema.json": {
+            field for field in find_described(STRICT) if not empty.match(field)
+        },
         "docs/host-report.example.json": set(find_fields(EXAMPLE)),
         # It is without extras.
         "EXAMPLE in tests/test_report.py": {
@@ -128,6 +133,11 @@ def test_field_of_the_report_is_in_every_place() -> None:
         },
     }
     compare(fields, places)
+    told = names_in(row[1] for row in table(HUB_PAGE, "extra"))
+    assert told - {"type", "qemu"} == DETAILS | {"storage_targets", "backups", "audit_tail"}
+
+
+# ---- schemas and reports -------------------------------------------------------------------------
 
 
 def test_every_field_is_required_but_spec_and_details() -> None:
@@ -138,41 +148,89 @@ def test_every_field_is_required_but_spec_and_details() -> None:
             optional.update(part["properties"].keys() - set(part["required"]))
         return part
 
-    json.loads(SCHEMA, object_hook=note)
-    assert optional == {"spec", *(item.name for item in dataclasses.fields(agent.GuestDetails))}
+    json.loads(json.dumps(STRICT), object_hook=note)
+    assert optional == {"spec", *DETAILS}
+
+
+def test_lenient_schema_is_made_from_the_strict_one(tmp_path: Path) -> None:
+    """To make it anew: python3 tests/lenient_schema.py"""
+    (tmp_path / "tests").mkdir()
+    shutil.copytree(DOCS, tmp_path / "docs")
+    copy = tmp_path / "docs" / lenient_schema.LENIENT.name
+    copy.write_text("", "utf-8")
+    script = shutil.copy(lenient_schema.__file__, tmp_path / "tests")
+    subprocess.run([sys.executable, "-I", script], check=True)
+    assert copy.read_bytes() == lenient_schema.LENIENT.read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.schema.json")), ids=lambda path: path.name)
+def test_schema_is_of_draft_2020_12_and_on_the_page(path: Path) -> None:
+    schema = json.loads(path.read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert f"]({path.name})" in HUB_PAGE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"disks": []},
+        {"agent_version": "1" * 1000},
+        {"guests": [{**GUEST, "disks": []}]},
+        {"guests": [{**GUEST, "type": "oci"}]},
+        {"guests": [{**GUEST, "status": "x"}]},
+        {"guests": [{name: GUEST[name] for name in GUEST if name != "spec"}]},
+        {"guests": [{name: GUEST[name] for name in GUEST if name != "tags"}]},
+    ],
+    ids=lambda changes: str(changes)[:20],
+)
+def test_only_the_lenient_schema_takes_what_a_later_agent_may_say(changes: Any) -> None:
+    assert problems(STRICT, {**EXAMPLE, **changes})
+    assert problems(LENIENT, {**EXAMPLE, **changes}) == []
+
+
+@pytest.mark.parametrize("schema", [STRICT, LENIENT], ids=["strict", "lenient"])
+def test_both_schemas_take_a_report_and_refuse_other_types(schema: Any) -> None:
+    assert problems(schema, EXAMPLE) == []
+    for name, value in (("guests", None), ("host", {}), ("host_id", 1), ("backups", {})):
+        assert problems(schema, {**EXAMPLE, name: value})
+    assert problems(schema, {name: EXAMPLE[name] for name in EXAMPLE if name != "backups"})
 
 
 def test_example_report_is_one_of_this_agent_with_all_extras() -> None:
-    errors = lab.report_schema().iter_errors(EXAMPLE)
-    assert [f"{error.json_path}: {error.message}" for error in errors] == []
     assert EXAMPLE["agent_version"] == agent.__version__
     assert {guest["type"] for guest in EXAMPLE["guests"]} == {"lxc", "qemu"}
     assert all("template" in guest for guest in EXAMPLE["guests"])
 
 
-# ---- messages ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["backups", "minimal", "qemu", "storage", "unknown-guest"])
+def test_hub_takes_a_report_from_before_details_and_tasks(name: str) -> None:
+    body = (COMPAT / f"{name}.json").read_bytes()
+    assert problems(BEFORE_DETAILS, json.loads(body)) == []
+    assert example_hub.parse_report(body) == json.loads(body)
 
 
-def all_hints() -> set[str]:
-    """What the agent says to do, with the words that docs/messages.md has for what varies."""
-    proxmox = agent.ProxmoxClient(
-        agent.ProxmoxConfig(
-            node="NODE", token_id="USER!TOKEN", token_secret="token-of-this-test", timeout_seconds=9
-        )
+def test_without_extras_the_report_is_what_it_was(plain_node: lab.SimulatedNode) -> None:
+    for report in (make_report(), make_collector(plain_node).collect()):
+        assert problems(BEFORE_DETAILS, json.loads(report.to_json())) == []
+
+
+@pytest.mark.parametrize("count", [10, 100, 1000])
+def test_body_sizes_are_about_what_the_page_says(count: int) -> None:
+    [row] = re.findall(
+        rf"^ *\| {count:,} \| ([\d.]+) kB \| ([\d.]+) kB \|$", HUB_PAGE, re.MULTILINE
     )
-    hub = agent.HubClient(
-        agent.HubConfig(url="https://h", host_id="x", api_key="key-of-this-test", timeout_seconds=9)
-    )
-    hints = {client.hint(cause) for client in (proxmox, hub) for cause in client.hints}
-    return {hint.replace("(9)", "(SECONDS)") for hint in hints}
+    full = {**EXAMPLE, "guests": [GUEST] * count, "backups": EXAMPLE["backups"][:1] * count}
+    full["audit_tail"] = EXAMPLE["audit_tail"][:1] * min(count, 50)
+    guest = {name: GUEST[name] for name in GUEST if name not in DETAILS}
+    empty: dict[str, Any] = {"storage_targets": [], "backups": [], "audit_tail": []}
+    usual = {**EXAMPLE, **empty, "guests": [guest] * count}
+    for said, report in zip(row, (usual, full), strict=True):
+        size = len(json.dumps(report, separators=(",", ":")))
+        assert size == pytest.approx(1000 * float(said), rel=0.15)
 
 
-def test_messages_page_has_every_hint_word_for_word() -> None:
-    page = MESSAGES.replace("`", "")
-    assert sorted(hint for hint in all_hints() if hint not in page) == []
-
-
-# ---- tables --------------------------------------------------------------------------------------
+# ---- README.md -----------------------------------------------------------------------------------
 
 
 def test_configuration_table_has_the_defaults() -> None:
@@ -181,62 +239,36 @@ def test_configuration_table_has_the_defaults() -> None:
         "hub": agent.HubConfig(),
         "cloudflared": agent.CloudflaredConfig(),
     }
-    required = {"proxmox.token_id", "proxmox.token_secret"}
-    required |= {"hub.url", "hub.host_id", "hub.api_key"}
-    rows = {row[0].strip("`"): row[2] for row in table("key")}
+    rows = {row[0].strip("`"): row[2] for row in table(README, "key")}
     del rows["authz"]
-    assert {key for key, shown in rows.items() if shown == "required"} == required
+    required = {key for key, shown in rows.items() if shown == "required"}
+    secrets = {"proxmox.token_secret", "hub.api_key"}
+    assert required == {*secrets, "proxmox.token_id", "hub.url", "hub.host_id"}
     for key in rows.keys() - required:
         section, _, name = key.partition(".")
         default = getattr(sections[section], name)
         if not isinstance(default, str) or not default:
             default = json.dumps(default)
-        assert rows[key].partition(":" if default == '""' else "\n")[0].strip("`") == default
+        assert rows[key].removesuffix(": the system's CAs").strip("`") == default
 
 
 def test_privileges_table_has_every_call(plain_node: lab.SimulatedNode) -> None:
     collector = make_collector(plain_node, extras=EXTRAS)
     collector.proxmox.version()
     collector.collect(check_all_paths=True)
-    paths = {request.path.removeprefix("/api2/json") for request in plain_node.requests}
-    asked = {
-        re.sub(
-            r"/storage/\w+/",
-            "/storage/STORAGE/",
-            re.sub(r"/(lxc|qemu)/\d+", r"/\1/VMID", path.partition("?")[0]),
-        ).replace("/nodes/pve1", "/nodes/NODE")
-        for path in paths
-    }
-    documented = {call for row in table("call (all are GET)") for call in row[0].split("`")[1::2]}
-    assert documented == asked
+    asked = set()
+    for request in plain_node.requests:
+        path = request.path.removeprefix("/api2/json").partition("?")[0]
+        path = path.replace("/nodes/pve1", "/nodes/NODE")
+        path = re.sub(r"/(lxc|qemu)/\d+", r"/\1/VMID", path)
+        asked.add(re.sub(r"/storage/\w+/", "/storage/STORAGE/", path))
+    rows = table(README, "call (all are GET)")
+    assert {call for row in rows for call in row[0].split("`")[1::2]} == asked
 
 
 def test_selftest_table_has_every_mode() -> None:
-    documented = {row[0].strip("`").rpartition("=")[2] for row in table("command")}
-    assert documented == {"config", "proxmox", "hub"}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere_and_lines_but_tables_fit(page: Path) -> None:
-    text = page.read_text("utf-8")
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
-    headings = re.findall(r"(?m)^#+ (.*)$", text)
-    anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
-    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors
-    too_long = [line for line in text.split("\n") if len(line) > 100 and line[0] != "|"]
-    assert too_long == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_shell_lines_parse(page: Path) -> None:
-    blocks = re.findall(r"(?ms)^ *```sh\n(.*?)^ *```$", page.read_text("utf-8"))
-    for block in blocks:
-        done = subprocess.run(
-            ["sh", "-n"], input=block, capture_output=True, text=True, timeout=10, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, ""), block
+    modes = {row[0].strip("`").rpartition("=")[2] for row in table(README, "command")}
+    assert modes == {"config", "proxmox", "hub"}
 
 
 def test_every_command_of_the_build_script_exists() -> None:
@@ -249,19 +281,70 @@ def test_every_command_of_the_build_script_exists() -> None:
 
 def test_version_is_the_one_of_the_changelog() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    released = re.search(r"## \[(\d+\.\d+\.\d+)\]", changelog)
-    assert released
-    assert released[1] == agent.__version__
+    assert re.findall(r"## \[(\d+\.\d+\.\d+)\]", changelog)[0] == agent.__version__
 
 
-def test_hub_gets_what_the_readme_promises(plain_hub: lab.SimulatedHub) -> None:
-    """The shortened report of the first screen has no field that a report lacks."""
-    start = README.index('{\n  "host_id"')
-    shown = json.loads(README[start : README.index("```", start)])
-    with lab.SimulatedNode(None) as node:
-        report = make_collector(node).collect()
-    make_hub_client(plain_hub).report(report)
-    sent = plain_hub.reports[0]
-    assert isinstance(sent["host"], dict)
-    assert shown.keys() <= sent.keys()
-    assert shown["host"].keys() <= sent["host"].keys()
+# ---- docs/hub.md ---------------------------------------------------------------------------------
+
+
+def test_page_names_the_limits_of_agent_and_example() -> None:
+    tolerance = example_hub.TOLERANCE_SECONDS
+    for text in (
+        f"POST {{hub.url}}{agent.REPORT_PATH}",
+        f"User-Agent: felhom-agent/{agent.__version__}",
+        f"{agent.MIN_POLL_SECONDS} to {agent.MAX_POLL_SECONDS}",
+        f"I + {tolerance // 60} minutes",
+        f"{example_hub.MAX_BODY_BYTES >> 20} MiB",
+        f"{tolerance} s more (`--tolerance`",
+        f"[why {tolerance}](#a-missed-heartbeat)",
+    ):
+        assert text in HUB_PAGE
+
+
+def test_page_uses_options_that_the_example_has() -> None:
+    command = [sys.executable, example_hub.__file__, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    calls = re.findall(r"felhom-hub (?:\$HUB )?(--.*)|HUB=(--.*)\"|\(`(--[a-z-]+)`", HUB_PAGE)
+    options = set(re.findall(r"--[a-z-]+", str(calls)))
+    expected = {"--keys", "--database", "--on-change", "--test-alarm", "--mute", "--tolerance"}
+    assert expected < options <= set(re.findall(r"--[a-z-]+", shown))
+
+
+def test_unit_runs_the_command_that_the_page_tells_to_save() -> None:
+    [unit] = re.findall(r"```ini\n(.*?)```", HUB_PAGE, re.DOTALL)
+    [command] = re.findall(r"--on-change (\S+)\"$", unit, re.MULTILINE)
+    assert HUB_PAGE.count(f"save this as `{command}`") == 2
+    assert re.findall(r"^Exec.*$", unit, re.MULTILINE) == [
+        "ExecStart=/usr/local/bin/felhom-hub $HUB",
+        "ExecReload=/usr/local/bin/felhom-hub $HUB --test-alarm",
+    ]
+
+
+def test_rules_watch_the_job_that_the_page_tells_to_scrape() -> None:
+    rules = (ROOT / "examples" / "prometheus-rules.yml").read_text("utf-8")
+    [job] = re.findall(r"job_name: (\S+)", HUB_PAGE)
+    assert set(re.findall(r'job="(\w+)"', rules)) == {job}
+
+
+# ---- every page ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_lines_but_tables_fit(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for path, anchor in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", target.read_text("utf-8").lower())
+            assert anchor in [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings]
+    assert [line for line in text.split("\n") if len(line) > 100 and line[0] != "|"] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_lines_parse(page: Path) -> None:
+    for block in re.findall(r"(?ms)^ *```sh\n(.*?)^ *```$", page.read_text("utf-8")):
+        done = subprocess.run(
+            ["sh", "-n"], input=block, capture_output=True, text=True, timeout=10, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, ""), block
