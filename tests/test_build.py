@@ -1,8 +1,9 @@
-"""build.sh, and the archive that it builds, run as an administrator or a service runs it."""
+"""build.sh, the archive that it builds, and the unit; tests/systemd runs both in a Debian."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,20 +12,26 @@ import subprocess
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePath
 
 import pytest
 
-import felhom_agent
+import felhom_agent as agent
 
 ROOT = Path(__file__).parent.parent
 # Not that of the virtual environment, whose packages could stand in for a missing one.
 PYTHON = os.path.realpath(sys.executable)
 PACKED = ("agent.example.json", "felhom-agent.service", "felhom_agent.py")
 # What the archive does with these variables changes how it unpacks, but not what it runs.
-HARMLESS = {"SHIV_FORCE_EXTRACT", "SHIV_COMPILE_PYC", "SHIV_COMPILE_WORKERS"}
-HARMLESS |= {"SHIV_EXTEND_PYTHONPATH"}
+HARMLESS = {
+    *("SHIV_FORCE_EXTRACT", "SHIV_COMPILE_PYC", "SHIV_COMPILE_WORKERS", "SHIV_EXTEND_PYTHONPATH")
+}
+
+
+UNIT = ROOT / "felhom-agent.service"
+LINES = UNIT.read_text("utf-8").replace("\\\n", "").splitlines()
+SETTINGS = [line.partition("=")[::2] for line in LINES if line and line[0] not in "#["]
 
 
 @pytest.fixture(scope="session")
@@ -36,41 +43,16 @@ def pyz() -> Path:
     return ROOT / "dist" / "felhom-agent.pyz"
 
 
-@pytest.fixture(scope="session")
-def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a service has: a PATH, no HOME, and a folder for shiv to unpack to."""
-    return {"PATH": os.environ["PATH"], "SHIV_ROOT": str(tmp_path_factory.mktemp("shiv"))}
-
-
-@pytest.fixture
-def environment(bare_environment: dict[str, str], agent_config: Path) -> dict[str, str]:
-    """The same with a configuration that names the simulated node and hub."""
-    return {**bare_environment, "FELHOM_AGENT_CONFIG": str(agent_config)}
-
-
-def build(folder: Path, *arguments: str, umask: int = -1, **environment: str) -> str:
-    return subprocess.run(
-        ["sh", folder / "build.sh", *arguments],
+def build(folder: Path, umask: int = -1, **environment: str) -> None:
+    subprocess.run(
+        ["sh", folder / "build.sh"],
         env={**os.environ, "PYTHON": PYTHON, **environment},
         cwd="/",
         umask=umask,
-        stdout=subprocess.PIPE,
-        text=True,
+        stdout=subprocess.DEVNULL,
         timeout=50,
         check=True,
-    ).stdout
-
-
-def run(
-    pyz: Path, *arguments: str, environment: Mapping[str, str]
-) -> subprocess.CompletedProcess[str]:
-    command = [PYTHON, "-I", str(pyz), *arguments]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=30, check=False
     )
-
-
-# --- the archive ---------------------------------------------------------------------------------
 
 
 def test_build_is_the_same_byte_for_byte_in_another_folder(pyz: Path, tmp_path: Path) -> None:
@@ -86,6 +68,9 @@ def test_build_is_the_same_byte_for_byte_in_another_folder(pyz: Path, tmp_path: 
 
 
 def test_archive_holds_three_files_and_the_start_code_of_shiv(pyz: Path) -> None:
+    """For the isolated Python of a node."""
+    assert pyz.stat().st_mode & 0o777 == 0o755
+    assert pyz.read_bytes().partition(b"\n")[0] == b"#!/usr/bin/python3 -I"
     with zipfile.ZipFile(pyz) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
         modes = {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()}
@@ -100,43 +85,31 @@ def test_archive_holds_three_files_and_the_start_code_of_shiv(pyz: Path) -> None
     assert "/" not in content["environment.json"].decode()
 
 
-def test_archive_is_executable_with_the_isolated_python_of_a_node(pyz: Path) -> None:
-    assert pyz.stat().st_mode & 0o777 == 0o755
-    assert pyz.read_bytes().partition(b"\n")[0] == b"#!/usr/bin/python3 -I"
-
-
 def test_unit_unsets_each_variable_that_makes_the_archive_run_other_code(pyz: Path) -> None:
     with zipfile.ZipFile(pyz) as archive:
         variables = set(re.findall("SHIV_[A-Z_]+", str(archive.read("_bootstrap/environment.py"))))
-    unit = (ROOT / "felhom-agent.service").read_text("utf-8").replace("\\\n", "")
-    unset = re.findall("SHIV_[A-Z_]+", re.findall("^UnsetEnvironment=.*", unit, re.MULTILINE)[0])
+    unset = dict(SETTINGS)["UnsetEnvironment"].split()
     assert variables - HARMLESS - set(unset) == {"SHIV_ROOT"}
 
 
-# --- the archive, run ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("what", "name"), [("unit", "felhom-agent.service"), ("config", "agent.example.json")]
-)
-def test_archive_prints_the_files_that_it_carries(
-    pyz: Path, bare_environment: dict[str, str], what: str, name: str
+def test_archive_prints_the_files_that_it_carries_and_writes_nothing_beside_itself(
+    pyz: Path, tmp_path: Path
 ) -> None:
-    done = run(pyz, f"--print={what}", environment=bare_environment)
-    assert (done.returncode, done.stdout) == (0, (ROOT / name).read_text("utf-8"))
-
-
-def test_archive_writes_nothing_beside_itself(
-    pyz: Path, bare_environment: dict[str, str], tmp_path: Path
-) -> None:
-    copy = Path(shutil.copy(pyz, tmp_path))
-    done = run(copy, "--version", environment=bare_environment)
-    assert done.stdout == f"felhom-agent {felhom_agent.__version__}\n"
-    assert (done.returncode, done.stderr) == (0, "")
-    assert list(tmp_path.iterdir()) == [copy]
-
-
-# --- build.sh ------------------------------------------------------------------------------------
+    """Run as a service runs it: with a PATH, no HOME, and a folder to unpack to."""
+    environment = {"PATH": os.environ["PATH"], "SHIV_ROOT": str(tmp_path / "shiv")}
+    (tmp_path / "bin").mkdir()
+    copy = Path(shutil.copy(pyz, tmp_path / "bin"))
+    for argument, out in (
+        ("--print=unit", UNIT.read_text("utf-8")),
+        ("--print=config", (ROOT / "agent.example.json").read_text("utf-8")),
+        ("--version", f"felhom-agent {agent.__version__}\n"),
+    ):
+        command = [PYTHON, "-I", str(copy), argument]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
+    assert list(copy.parent.iterdir()) == [copy]
 
 
 def test_demo_shows_report_and_alarm_and_leaves_no_process() -> None:
@@ -170,3 +143,39 @@ def test_demo_shows_report_and_alarm_and_leaves_no_process() -> None:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(demo.pid, signal.SIGKILL)
+
+
+def test_nothing_runs_outside_the_sandbox_and_no_setting_is_given_twice() -> None:
+    commands = [(name, value) for name, value in SETTINGS if name.startswith("Exec")]
+    assert commands == [("ExecStart", "/usr/local/bin/felhom-agent.pyz")]
+    counts = Counter(name for name, _ in SETTINGS)
+    # Each line of these adds to the one before.
+    lists = {"LoadCredential", "SystemCallFilter"}
+    assert {name for name, count in counts.items() if count > 1} == lists
+
+
+def test_service_gets_the_ca_of_the_example_under_its_own_name() -> None:
+    example = json.loads((ROOT / "agent.example.json").read_text("utf-8"))
+    ca_file = example["proxmox"]["ca_file"]
+    assert ("LoadCredential", f"{PurePath(ca_file).name}:{ca_file}") in SETTINGS
+
+
+def test_watchdog_outlasts_the_longest_wait() -> None:
+    """After Retry-After of an hour the agent waits two, and one message a cycle is all it sends."""
+    assert ("WatchdogSec", "3h") in SETTINGS
+    assert max(agent.retry_delay(3600, 9, 3600) for _ in range(100)) <= 2 * 3600
+
+
+def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = ["systemd-analyze", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_finds_no_fault_and_an_exposure_of_at_most_1_3(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    text = UNIT.read_text("utf-8").replace("/usr/local/bin/felhom-agent.pyz", "/bin/true")
+    unit.write_text(text, "utf-8")
+    assert analyze("verify", "--man=no", unit).stderr == ""
+    rating = analyze("security", "--offline=true", "--no-pager", "--threshold=13", UNIT)
+    assert rating.returncode == 0, rating.stdout[-200:] + rating.stderr
