@@ -24,23 +24,13 @@ for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "JOURNAL_STRE
 os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
 
 # The short profile finds the same every time; HYPOTHESIS_PROFILE=long looks further on each run.
-slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
-settings.register_profile(
-    "short",
-    max_examples=60,
-    derandomize=True,
-    database=None,
+usual = settings(
     deadline=None,
-    suppress_health_check=slow,
-)
-settings.register_profile(
-    "long",
-    max_examples=3000,
-    print_blob=True,
     database=None,
-    deadline=None,
-    suppress_health_check=slow,
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
 )
+settings.register_profile("short", usual, max_examples=60, derandomize=True)
+settings.register_profile("long", usual, max_examples=3000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 

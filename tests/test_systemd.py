@@ -19,8 +19,6 @@ from support import install_systemctl
 UNIT: Final = "cloudflared.service"
 Install = Callable[[str], None]
 
-# ---- the prober ----------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
@@ -32,32 +30,23 @@ def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return install
 
 
+# Twenty letters are the longest.
 @pytest.mark.parametrize(
-    "state",
-    [
-        *("active", "reloading", "inactive", "failed", "activating", "deactivating"),
-        *("maintenance", "not-found"),
-    ],
+    "state", ["active", "inactive", "failed", "deactivating", "not-found", "a" * 20]
 )
-@pytest.mark.parametrize("status", [0, 3, 4])
-def test_state_counts_whatever_the_exit_status(state: str, status: int, systemctl: Install) -> None:
-    systemctl(f"echo {state}; exit {status}")
-    assert agent.SystemctlProber(UNIT).probe() == state
+def test_state_counts_whatever_the_exit_status(state: str, systemctl: Install) -> None:
+    for status in (0, 3, 4):
+        systemctl(f"echo {state}; exit {status}")
+        assert agent.SystemctlProber(UNIT).probe() == state
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(":", id="nothing"),
-        pytest.param("echo", id="an empty line"),
-        pytest.param("echo ACTIVE", id="upper case"),
-        pytest.param("echo active; echo inactive", id="two states"),
-        pytest.param(r"printf '\033[31mactive'", id="terminal escapes"),
-        pytest.param(r"printf 'active\0'", id="a zero byte"),
-        pytest.param(r"printf '\303\244ctive'", id="not ASCII"),
-        pytest.param(r"printf '\377'", id="not UTF-8"),
-        pytest.param("printf aaaaaaaaaaaaaaaaaaaaa", id="too long"),
-        pytest.param("kill -SEGV $$", id="killed by a signal"),
+        *(":", "echo", "echo ACTIVE", "echo active; echo inactive", f"echo {'a' * 21}", "echo a"),
+        # Terminal escapes, a zero byte, what is not ASCII, what is not UTF-8
+        *(r"printf '\033[31mactive'", r"printf 'active\0'", r"printf '\303\244ctive'"),
+        *(r"printf '\377'", "kill -SEGV $$"),
     ],
 )
 def test_anything_else_is_not_a_state(script: str, systemctl: Install) -> None:
@@ -71,14 +60,12 @@ def test_error_says_in_one_line_what_systemctl_said(systemctl: Install) -> None:
     systemctl(f"printf '{reason}\\n\\033[0mmore\\n' >&2; exit 1")
     with pytest.raises(agent.AgentError) as caught:
         agent.SystemctlProber(UNIT).probe()
-    assert reason in str(caught.value)
-    assert str(caught.value).isprintable()
+    assert str(caught.value).endswith(f": {reason}")
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param("exec sleep 600", id="says nothing"),
         pytest.param("echo active; exec sleep 600", id="does not end"),
         pytest.param("trap '' TERM INT HUP; exec sleep 600", id="ignores signals"),
         pytest.param("exec >&- 2>&-; exec sleep 600", id="closes its output"),
@@ -119,16 +106,14 @@ def test_child_gets_the_unit_as_such_and_nothing_of_ours(
     assert "our-file" not in (tmp_path / "files").read_text("utf-8")
 
 
-# ---- notify --------------------------------------------------------------------------------------
-
-
 @pytest.fixture(params=["path", "abstract"])
 def listener(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[socket.socket]:
     """The socket of systemd."""
-    abstract = request.param == "abstract"
-    address = f"@felhom-agent-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    address = str(tmp_path / "notify")
+    if request.param == "abstract":
+        address = f"@felhom-agent-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address.replace("@", "\0"))
         sock.settimeout(5)
