@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
-import logging
 import multiprocessing
 import ssl
 import statistics
@@ -21,29 +19,27 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import felhom_agent as agent
 import lab
 from support import EXTRAS, Prober
 
-CYCLES: Final = 10
+CYCLES = 10
 Sections = dict[str, dict[str, Any]]
-Get = Callable[[str], Any]
 
 
 def use_agent(sections: Sections) -> Callable[[], object]:
-    log = logging.getLogger("bench")
     proxmox = agent.ProxmoxClient(agent.ProxmoxConfig(**sections["proxmox"]))
-    hub = agent.HubClient(agent.HubConfig(**sections["hub"]), logger=log)
-    collector = agent.Collector(proxmox, Prober(), host_id="pve1", agent_version="", logger=log)
+    hub = agent.HubClient(agent.HubConfig(**sections["hub"]))
+    collector = agent.Collector(proxmox, Prober(), host_id="pve1")
     return lambda: hub.report(collector.collect())
 
 
-def use_urllib(sections: Sections, get: Get | None = None) -> Callable[[], object]:
+def use_urllib(sections: Sections, get: Callable[[str], Any] | None = None) -> Callable[[], object]:
     """With `get` the node is read with that instead."""
     proxmox, hub = sections["proxmox"], sections["hub"]
     context = ssl.create_default_context(cafile=hub["ca_file"])
@@ -63,8 +59,8 @@ def use_urllib(sections: Sections, get: Get | None = None) -> Callable[[], objec
         found = [resources := read("cluster/resources"), read(f"{node}/status")]
         vmids = [entry["vmid"] for entry in resources if entry["type"] == "lxc"]
         found += [read(f"{node}/lxc/{vmid}/config?current=1") for vmid in vmids]
-        key = f"Bearer {hub['api_key']}"
-        call(hub["url"] + agent.REPORT_PATH, key, json.dumps(found).encode())
+        body = json.dumps(found).encode()
+        call(hub["url"] + agent.REPORT_PATH, f"Bearer {hub['api_key']}", body)
 
     return cycle
 
@@ -72,6 +68,7 @@ def use_urllib(sections: Sections, get: Get | None = None) -> Callable[[], objec
 def use_proxmoxer(sections: Sections) -> Callable[[], object]:
     proxmox = sections["proxmox"]
     user, _, name = proxmox["token_id"].partition("!")
+    # Only ./build.sh bench installs it.
     api = importlib.import_module("proxmoxer").ProxmoxAPI(
         proxmox["url"].removeprefix("https://"),
         user=user,
@@ -87,11 +84,7 @@ def use_proxmoxer(sections: Sections) -> Callable[[], object]:
     return use_urllib(sections, get)
 
 
-PEERS: Final[dict[str, Callable[[Sections], Callable[[], object]]]] = {
-    "agent": use_agent,
-    "urllib": use_urllib,
-    "proxmoxer": use_proxmoxer,
-}
+PEERS = {"agent": use_agent, "urllib": use_urllib, "proxmoxer": use_proxmoxer}
 
 
 def measure(peer: str, sections: Sections) -> tuple[float, float]:
@@ -105,34 +98,29 @@ def measure(peer: str, sections: Sections) -> tuple[float, float]:
     return wall, cpu
 
 
-def build_node(
-    certificates: lab.Certificates, containers: int, vms: int, latency: float
-) -> lab.SimulatedNode:
+def build_node(certificates: lab.Certificates, containers: int, vms: int) -> lab.SimulatedNode:
     """Return a node with two storages that have a backup of each guest, and two without any."""
-    guests = lab.many_guests(containers)
-    node = lab.SimulatedNode(certificates, guests=guests, latency_seconds=latency)
+    node = lab.SimulatedNode(certificates, guests=lab.many_guests(containers))
     node.vms = lab.many_vms(vms)
     node.storages = [lab.Storage("local", "iso"), lab.Storage("local-lvm", "images", "lvmthin")]
     for name in ("bak", "nas"):
-        backups = [
-            lab.backup(
-                f"{name}:backup/vzdump-{guest.type}-{guest.vmid}-2026_11_24-02_00_03.zst",
-                *(1_795_485_603, guest.vmid, guest.type),
+        backups = []
+        for guest in (*node.guests, *node.vms):
+            archive = f"vzdump-{guest.type}-{guest.vmid}-2026_11_24-02_00_03.zst"
+            backups.append(
+                lab.backup(f"{name}:backup/{archive}", 1_795_485_603, guest.vmid, guest.type)
             )
-            for guest in (*guests, *node.vms)
-        ]
         node.storages.append(lab.Storage(name, backups=backups))
     return node
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description="Measure a cycle.")
     parser.add_argument("--guests", default="10,100", metavar="N,N", help="default: 10,100")
     parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS", help="default: 0")
-    arguments = parser.parse_args(argv)
-    peers = [peer for peer in PEERS if peer != "proxmoxer" or importlib.util.find_spec(peer)]
-    counts = [int(count) for count in arguments.guests.split(",")]
-    rows: list[Any] = [(count, 0, peer, ()) for count in counts for peer in peers]
+    arguments = parser.parse_args()
+    counts = map(int, arguments.guests.split(","))
+    rows: list[Any] = [(count, 0, peer, ()) for count in counts for peer in PEERS]
     choices = ((), *((extra,) for extra in EXTRAS), EXTRAS)
     rows += [(20, 10, "agent", extras) for extras in choices]
     print(f"Python {sys.version.split()[0]}, the node answers after {arguments.latency:g} s")
@@ -140,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="felhom-bench-") as folder:
         certificates = lab.make_certificates(Path(folder), generation="current")
         for containers, vms, peer, extras in rows:
-            node = build_node(certificates, containers, vms, arguments.latency)
+            node = build_node(certificates, containers, vms)
+            node.latency_seconds = arguments.latency
             spawn = multiprocessing.get_context("spawn")
             with node, lab.SimulatedHub(certificates) as hub, ProcessPoolExecutor(1, spawn) as pool:
                 # To judge a report would take the hub longer than the agent takes to make it.
@@ -153,10 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = f"{peer} {', '.join(extras)}"
             figures = f"{wall:>10.1f}{cpu:>10.1f}{connections:>13.0f}{requests:>10.0f}"
             print(f"{containers:>5}{vms:>5}  {name:30}{figures}", flush=True)
-    if "proxmoxer" not in peers:
-        print("proxmoxer is not installed here: ./build.sh bench installs it")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

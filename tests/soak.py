@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -55,12 +55,12 @@ def random_answer(chance: random.Random, usual: bytes, secret: str) -> lab.Answe
     response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(usual), usual)
     headers = {"Retry-After": "30", "Location": f"https://elsewhere.example/{secret}"}
     answers = (
+        *(lab.Raw(CHUNKED), lab.Drip(response), lab.Stall(), lab.Cut()),
         lab.Reply(chance.choice(STATUSES), secret, headers=headers),
         lab.Reply(body=chance.choice(BODIES)),
         lab.Reply(body=garble(chance, usual)),
         lab.Raw(garble(chance, response)),
         lab.Raw(response[: chance.randrange(len(response))]),
-        *(lab.Raw(CHUNKED), lab.Drip(response), lab.Stall(), lab.Cut()),
     )
     return chance.choice(answers)
 
@@ -122,11 +122,11 @@ def soak(
         yield "memory grew"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="soak", description="Run the agent with random faults.")
     parser.add_argument("minutes", type=float, nargs="?", default=2.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     print(f"{arguments.minutes:g} minutes with --seed {arguments.seed}", flush=True)
     # M_ARENA_MAX of mallopt(3): else each thread of the servers keeps a heap of its own.
     ctypes.CDLL(None).mallopt(-8, 1)
