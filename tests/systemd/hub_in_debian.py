@@ -275,10 +275,6 @@ class Checks:
         follow(PAGE, "Alarms")
         wait_for("/", "muted")
 
-    def test_the_lines_to_look_up_the_past_work(self) -> None:
-        output = follow(PAGE, "Look up the past")
-        assert re.search(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\|\d+\s*$", output), output
-
     def test_silent_connections_keep_no_report_out(self) -> None:
         silent = [socket.create_connection(("127.0.0.1", 8080)) for _ in range(400)]
         try:
