@@ -37,7 +37,7 @@ BROWSER: Final = (
     "--disable-sync",
     "--hide-scrollbars",
     # README shows the picture 840 pixels wide, most screens have more.
-    "--window-size=840,556",
+    "--window-size=840,446",
     "--force-device-scale-factor=1.5",
 )
 THEMES: Final = {"light": "1", "dark": "0"}
