@@ -1298,7 +1298,6 @@ def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     because one exception can be lost: Python drops it if a finalizer is running, and
     create_connection goes on to the next address.
     """
-    signal.signal(signal.SIGALRM, raise_timeout)
     # Python runs a signal's handler when a call returns.  So `finally` switches the timer off
     # before the handler can run again; the __exit__ of a context manager would be a call itself.
     try:
@@ -1376,6 +1375,8 @@ class Client:
         self._hint_words["seconds"] = str(config.timeout_seconds)
         # Until when a request may last at most, by time.monotonic
         self._deadline = math.inf
+        # For limit_time
+        signal.signal(signal.SIGALRM, raise_timeout)
 
     def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response with its body unread."""
@@ -1394,7 +1395,7 @@ class Client:
     def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Send a request and return the reply.  Raises TransportError or HTTPError."""
         # Without what changes in each cycle: the same problem must remain the same message.
-        operation = f"{method} {re.sub('&since=[0-9]+', '', path)}"
+        operation = f"{method} {path.partition('&since=')[0]}"
         start = time.monotonic()
         seconds = min(self.timeout_seconds, self._deadline - start)
         if seconds <= 0:
@@ -1621,7 +1622,7 @@ class ProxmoxClient(Client):
         `pvesh get /nodes/NODE/tasks --source archive --since SECONDS --limit 50`; pveproxy answers
         it itself.
         """
-        query = f"source=archive&since={since}&limit={MAX_TASKS}"
+        query = f"source=archive&limit={MAX_TASKS}&since={since}"
         return self.get(f"/nodes/{self.node}/tasks?{query}", list)
 
 
