@@ -232,6 +232,7 @@ FAILURES: Final = {
     "forbidden": lab.Reply(403, "Permission check failed (/storage/bak, Datastore.Audit)"),
     "closed": lab.Cut(),
     "other-type": lab.json_reply({"data": {}}),
+    "pvedaemon-down": lab.Reply(595, "Connection refused"),
 }
 
 
@@ -260,19 +261,22 @@ def test_storage_whose_backups_cannot_be_read_is_unknown_and_the_others_are_not(
     assert ("pvesm status" in text) == (failure in (FAILURES["refused"], FAILURES["closed"]))
 
 
-@pytest.fixture
-def four_storages(node: lab.SimulatedNode) -> lab.SimulatedNode:
-    """Four, which hang as one NAS does."""
+# The second is pveproxy's own time-out, which comes after 30 s.
+HANGING: Final = {"no answer": lab.Stall(), "596": lab.Reply(596, "Connection timed out")}
+
+
+def hang(node: lab.SimulatedNode, answer: lab.Answer = HANGING["596"]) -> None:
+    """Four storages, which hang as one NAS does."""
     node.storages = [lab.Storage(f"nas{number}", plugintype="nfs") for number in range(4)]
-    node.script("/nodes/pve1/storage/", lab.Forever(lab.Stall()))
-    return node
+    node.script("/nodes/pve1/storage/", lab.Forever(answer))
 
 
+@pytest.mark.parametrize("answer", HANGING.values(), ids=HANGING)
 def test_only_one_of_the_storages_that_hang_is_asked(
-    four_storages: lab.SimulatedNode, log: pytest.LogCaptureFixture
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, answer: lab.Answer
 ) -> None:
     """Each would hold one of pvedaemon's three workers for good."""
-    node = four_storages
+    hang(node, answer)
     collector = make_collector(node, extras=["backups"], timeout_seconds=SOON_IF_BUSY)
     for _ in range(3):
         report = collector.collect()
@@ -294,30 +298,12 @@ def test_storage_is_not_asked_without_the_time_that_it_may_take(node: lab.Simula
     assert find_calls(node, "prunebackups") == []
 
 
-@pytest.mark.parametrize("status", [595, 596])
-def test_pveproxys_own_time_out_counts_as_one(
-    four_storages: lab.SimulatedNode, log: pytest.LogCaptureFixture, status: int
-) -> None:
-    """596 comes after 30 s; any other answer is one."""
-    node = four_storages
-    node.clear_script()
-    node.script("/nodes/pve1/storage/", lab.Reply(status, "Connection timed out"))
-    report = collect(node, "backups")
-    others = "unknown" if status == 596 else "available"
-    assert storages(report) == {
-        "nas0": "unknown",
-        **dict.fromkeys(("nas1", "nas2", "nas3"), others),
-    }
-    assert ("pvesm status" in warnings(log)[0]) == (status == 596)
-
-
 @pytest.mark.parametrize("end", ["not available", "a day", "restart", "none of these"])
 def test_storages_are_asked_again(
-    four_storages: lab.SimulatedNode, monkeypatch: pytest.MonkeyPatch, end: str
+    node: lab.SimulatedNode, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    node = four_storages
-    changes: dict[str, Any] = {"extras": ["backups"], "timeout_seconds": SOON_IF_BUSY}
-    collector, monotonic = make_collector(node, **changes), time.monotonic
+    hang(node)
+    collector, monotonic = make_collector(node, extras=["backups"]), time.monotonic
     collector.collect()
     node.clear_script()
     later = 86_300.0
@@ -329,7 +315,7 @@ def test_storages_are_asked_again(
     elif end == "a day":
         later = 86_400.0
     elif end == "restart":
-        collector = make_collector(node, **changes)
+        collector = make_collector(node, extras=["backups"])
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + later)
     node.requests.clear()
     report = collector.collect()
