@@ -9,7 +9,8 @@ import functools
 import json
 import operator
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import pytest
@@ -48,33 +49,24 @@ def statuses(report: agent.HostReport) -> dict[int, str]:
     return {guest.vmid: guest.status for guest in report.guests}
 
 
-def levels(log: pytest.LogCaptureFixture, word: str) -> list[str]:
-    return [level for level, text in messages(log) if word in text]
+def levels(log: pytest.LogCaptureFixture, pattern: str) -> list[str]:
+    """The levels of the messages that have this pattern."""
+    return [level for level, text in messages(log) if re.search(pattern, text)]
 
 
 # --- what is asked --------------------------------------------------------------------------------
 
 
-def test_cycle_makes_these_calls_and_no_others(node: lab.SimulatedNode) -> None:
-    """None of them is served by pvedaemon, and none but GET is ever sent."""
-    collector = make_collector(node)
-    for _ in range(2):
+def test_selftest_asks_for_all_privileges_and_nothing_else(node: lab.SimulatedNode) -> None:
+    """What a cycle asks, with each extra, is in test_extras.py."""
+    collector, paths = make_collector(node), []
+    for check_all_paths in (False, True):
         node.requests.clear()
-        collector.collect()
-        assert [(request.method, request.path) for request in node.requests] == [
-            ("GET", node.base + path)
-            for path in (
-                *(RESOURCES, STATUS, f"{PERMISSIONS}?path=/vms/999999999"),
-                *(f"{PERMISSIONS}?path=/nodes/pve1", CONFIG.format(100), CONFIG.format(101)),
-            )
-        ]
+        collector.collect(check_all_paths=check_all_paths)
+        paths.append({request.path.removeprefix(node.base) for request in node.requests})
+    assert paths[1] == {*paths[0], PERMISSIONS}
     # One for each cycle, for pveproxy closes an idle one after 5 s.
     assert node.connections == 2
-    node.requests.clear()
-    collector.collect(check_all_paths=True)
-    paths = [request.path for request in node.requests]
-    assert paths.count(f"{node.base}{PERMISSIONS}") == 1
-    assert len(paths) == 7
 
 
 # --- which guests ---------------------------------------------------------------------------------
@@ -127,7 +119,7 @@ def test_guests_under_the_old_name_of_a_renamed_host(
         )
 
 
-@pytest.mark.parametrize("name", ["PVE1", "localhost", "pve1.example.lan", "pve3"])
+@pytest.mark.parametrize("name", ["PVE1", "localhost"])
 def test_node_that_is_not_listed_fails_the_cycle_and_the_listed_are_named(
     node: lab.SimulatedNode, name: str
 ) -> None:
@@ -139,11 +131,7 @@ def test_node_that_is_not_listed_fails_the_cycle_and_the_listed_are_named(
     assert str(caught.value).startswith(f"GET {RESOURCES}: ")
 
 
-@pytest.mark.parametrize(
-    "vmid",
-    [None, "", "abc", "1e3", True, -100, 99, 1_000_000_000, 100.5, [100], "100/../101"],
-    ids=str,
-)
+@pytest.mark.parametrize("vmid", [None, "abc", True, 99, 1_000_000_000, "100/../101"], ids=str)
 @pytest.mark.parametrize("kind", ["lxc", "qemu"])
 def test_guest_without_a_valid_vmid_fails_the_cycle(
     node: lab.SimulatedNode, kind: str, vmid: object
@@ -167,7 +155,6 @@ def test_vmid_may_be_a_string(node: lab.SimulatedNode) -> None:
 FAILURES: Final = [
     pytest.param(lab.Reply(500, "gone"), id="refused"),
     pytest.param(reply_with("nonsense"), id="other-type"),
-    pytest.param(reply_with(None), id="null"),
 ]
 
 
@@ -195,25 +182,21 @@ def test_empty_list_proves_nothing_without_the_privileges(
     assert len(collector.collect().guests) == 1
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_guest_whose_configuration_fails_is_unknown_and_without_spec(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, failure: lab.Answer
-) -> None:
-    node.script("/nodes/pve1/lxc/100/", lab.Forever(failure))
-    report = make_collector(node).collect()
-    first, second = json.loads(report.to_json())["guests"]
-    expected = {"vmid": 100, "type": "lxc", "name": "ct100", "status": "unknown"}
-    assert first == {**expected, "controller_version": ""}
-    assert (second["status"], second["spec"]["cores"]) == ("running", 2)
-    (text,) = [text for level, text in messages(log) if level == "WARNING"]
-    start = "a guest's configuration cannot be read, so it is unknown: GET "
-    assert text.startswith(start + CONFIG.format(100))
-
-
+# What is left of such a guest is in test_faults.py.
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "a guest's configuration cannot be read, so it is unknown: GET "),
+        (
+            12,
+            "the configurations of 12 guests cannot be read, so they are unknown; the first: GET ",
+        ),
+    ],
+)
 def test_failing_guests_are_one_warning_and_their_recovery_one_line(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, count: int, text: str
 ) -> None:
-    node.guests = lab.many_guests(12)
+    node.guests = lab.many_guests(count)
     collector = make_collector(node)
     node.script("/nodes/pve1/lxc/", lab.Forever(lab.Reply(500, "gone")))
     collector.collect()
@@ -221,26 +204,28 @@ def test_failing_guests_are_one_warning_and_their_recovery_one_line(
     node.clear_script()
     collector.collect()
     collector.collect()
-    text = "the configurations of 12 guests cannot be read, so they are unknown; the first: GET "
-    assert levels(log, text + CONFIG.format(100)) == ["WARNING", "DEBUG"]
+    assert levels(log, re.escape(text + CONFIG.format(100))) == ["WARNING", "DEBUG"]
     assert levels(log, "guests: problem resolved") == ["INFO"]
     assert len([level for level, _ in messages(log) if level != "DEBUG"]) == 2
 
 
 def test_collect_ends_after_six_timeouts_and_the_rest_is_unknown(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By this clock each configuration takes 10 s, as long as one request may."""
+
+    def asked() -> int:
+        return len([request for request in node.requests if "/config" in request.path])
+
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 10 * asked())
     node.guests = lab.many_guests(20)
-    node.script("/nodes/pve1/lxc/", lab.Usual(), lab.Usual(), lab.Forever(lab.Stall()))
-    seconds: Any = 0.6
-    report = make_collector(node, timeout_seconds=seconds).collect()
-    known = [guest.vmid for guest in report.guests if guest.spec is not None]
-    assert known == [100, 101]
+    report = make_collector(node, timeout_seconds=10).collect()
+    assert asked() == 6
     assert len(report.guests) == 20
-    assert {guest.status for guest in report.guests[2:]} == {"unknown"}
-    asked = [request for request in node.requests if "/config" in request.path]
-    assert 2 < len(asked) <= 2 + 6
-    assert levels(log, "configurations of 18 guests") == ["WARNING"]
+    assert [guest.spec is None for guest in report.guests] == [False] * 6 + [True] * 14
+    assert {guest.status for guest in report.guests[6:]} == {"unknown"}
+    assert levels(log, "configurations of 14 guests .*no time left in this cycle") == ["WARNING"]
 
 
 def test_container_with_environment_variables_keeps_its_status(
@@ -259,7 +244,7 @@ def test_container_with_environment_variables_keeps_its_status(
         agent.GuestSpec(cores=None, memory_bytes=512 * 1024 * 1024, disk_bytes=None),
     ]
     reason = "403 Permission check failed (/vms/100, VM.Config.Options)"
-    assert levels(log, reason) == ["DEBUG"]
+    assert levels(log, re.escape(reason)) == ["DEBUG"]
     assert {level for level, _ in messages(log)} == {"DEBUG"}
 
 
@@ -338,36 +323,25 @@ def test_list_of_unknown_age_is_not_believed(
     assert levels(log, "pvestatd") == ["WARNING"]
 
 
-def test_stuck_pvestatd_is_one_warning_until_it_reports_again(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
-) -> None:
-    collector = make_collector(node)
-    for node.resources_age_seconds in (9, 121, 183, 315, 9, 9, 121):
-        collector.collect()
-    assert levels(log, "pvestatd") == ["WARNING", "DEBUG", "DEBUG", "INFO", "WARNING"]
-    assert len(messages(log)) == 5
-
-
-@pytest.mark.parametrize("uptime", [0, 299])
-def test_list_is_not_believed_soon_after_a_boot_but_tried_again(
+@pytest.mark.parametrize("uptime", [0, 299, 300])
+def test_old_list_in_the_first_five_minutes_after_a_boot_is_tried_again(
     node: lab.SimulatedNode, log: pytest.LogCaptureFixture, uptime: int
 ) -> None:
     collector = make_collector(node)
     node.status["uptime"] = uptime
     for node.resources_age_seconds in (301, -1):
-        with pytest.raises(agent.AgentError, match=r"^Proxmox has not measured its guests yet; "):
-            collector.collect()
+        if uptime < 300:
+            with pytest.raises(
+                agent.AgentError, match=r"^Proxmox has not measured its guests yet; "
+            ):
+                collector.collect()
+        else:
+            assert set(statuses(collector.collect()).values()) == {"unknown"}
+    assert levels(log, "pvestatd") == ([] if uptime < 300 else ["WARNING", "DEBUG"])
+    log.clear()
     node.resources_age_seconds = 0
     assert set(statuses(collector.collect()).values()) == {"running"}
-    assert messages(log) == []
-
-
-def test_list_that_is_old_five_minutes_after_a_boot_is_a_warning(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
-) -> None:
-    node.status["uptime"], node.resources_age_seconds = 300, 301
-    assert set(statuses(make_collector(node).collect()).values()) == {"unknown"}
-    assert levels(log, "pvestatd") == ["WARNING"]
+    assert len(messages(log)) == (uptime == 300)
 
 
 @pytest.mark.parametrize("uptime", [2574, 10])
@@ -416,60 +390,47 @@ def test_kind_of_guests_that_is_not_measured_is_one_warning(
     assert not [text for text in warnings if "systemctl status pvestatd" not in text]
 
 
-@pytest.mark.parametrize("new", [{100}, {100, 101}], ids=["one", "all"])
-def test_guest_listed_as_unknown_has_spec_and_name_and_only_all_are_a_warning(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, new: set[int]
+def test_guest_that_was_just_created_has_spec_and_name_and_is_no_warning(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
 ) -> None:
-    """One was just created; all are if pvestatd has just started, or fails at the containers."""
-    for guest in node.guests:
-        guest.status = "unknown" if guest.vmid in new else "running"
+    node.guests[0].status = "unknown"
+    new = node.guests[0].vmid
     report = make_collector(node).collect()
-    assert statuses(report) == {100: "unknown", 101: "unknown" if 101 in new else "running"}
+    assert [vmid for vmid, status in statuses(report).items() if status == "unknown"] == [new]
     assert [guest.name for guest in report.guests] == ["ct100", "ct101"]
     assert None not in [guest.spec for guest in report.guests]
     assert report.host.cpu_usage is not None
-    warnings = [text for level, text in messages(log) if level != "DEBUG"]
-    assert len(warnings) == (len(new) == 2)
-    assert all("systemctl status pvestatd" in text for text in warnings)
+    assert {level for level, _ in messages(log)} <= {"DEBUG"}
 
 
-# --- the token's privileges over time -------------------------------------------------------------
+# --- problems that come and go --------------------------------------------------------------------
 
-ON_NODE: Final = ("/nodes/pve1", "PVEAuditor", True)
-ON_100: Final = ("/vms/100", "VMAudit", True)
 AUDITOR: Final = ("/", "PVEAuditor", True)
+# What is changed at the node, and what the warning says
+PROBLEMS: Final[Mapping[str, tuple[str, Any, str]]] = {
+    "pvestatd": ("resources_age_seconds", 121, "systemctl status pvestatd"),
+    "VM.Audit on /vms": (
+        *("acl", [("/nodes/pve1", "PVEAuditor", True), ("/vms/100", "VMAudit", True)]),
+        "lacks VM.Audit on /vms",
+    ),
+    "excess privileges": ("acl", [AUDITOR, ("/vms", "Power", True)], "read: VM.PowerMgmt; "),
+}
 
 
-def test_privilege_is_told_each_time_that_it_is_lost_and_granted(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+@pytest.mark.parametrize("topic", PROBLEMS)
+def test_problem_is_told_when_it_starts_and_when_it_is_over(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, topic: str
 ) -> None:
+    node.roles["Power"] = (*lab.PRIVILEGES, "VM.PowerMgmt")
+    name, value, text = PROBLEMS[topic]
+    usual = getattr(node, name)
     collector = make_collector(node)
-    seen = []
-    for node.acl in ([AUDITOR], [ON_NODE, ON_100], [ON_NODE, ON_100], [AUDITOR], [ON_NODE, ON_100]):
-        seen.append(len(collector.collect().guests))
-    assert seen == [2, 1, 1, 2, 1]
-    assert levels(log, "") == levels(log, "VM.Audit on /vms")
-    assert levels(log, "") == ["WARNING", "DEBUG", "INFO", "WARNING"]
-
-
-def test_excess_privileges_are_told_once_and_again_when_they_change(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
-) -> None:
-    node.roles |= {"Power": ("VM.PowerMgmt",), "Modify": ("Sys.Modify",)}
-    power, modify = ("/vms", "Power", True), ("/nodes/pve1", "Modify", True)
-    reading = [("/vms", "VMAudit", True), ON_NODE]
-    collector = make_collector(node)
-    for extra in ([power], [power], [power, modify], [], [power]):
-        node.acl = [*reading, *extra]
+    for each in (usual, value, value, usual, usual, value):
+        setattr(node, name, each)
         collector.collect()
-    told = [(level, "VM.PowerMgmt" in text, "Sys.Modify" in text) for level, text in messages(log)]
-    assert told == [
-        ("WARNING", True, False),
-        ("DEBUG", True, False),
-        ("WARNING", True, True),
-        ("INFO", False, False),
-        ("WARNING", True, False),
-    ]
+    assert levels(log, text) == ["WARNING", "DEBUG", "WARNING"]
+    assert levels(log, f"^{topic}: problem resolved$") == ["INFO"]
+    assert len(messages(log)) == 4
 
 
 # --- whatever Proxmox answers ---------------------------------------------------------------------
