@@ -262,7 +262,10 @@ def test_storage_whose_backups_cannot_be_read_is_unknown_and_the_others_are_not(
 
 
 # The second is pveproxy's own time-out, which comes after 30 s.
-HANGING: Final = {"no answer": lab.Stall(), "596": lab.Reply(596, "Connection timed out")}
+HANGING: Final[Mapping[str, lab.Answer]] = {
+    "no answer": lab.Stall(),
+    "596": lab.Reply(596, "Connection timed out"),
+}
 
 
 def hang(node: lab.SimulatedNode, answer: lab.Answer = HANGING["596"]) -> None:
