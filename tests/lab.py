@@ -716,6 +716,7 @@ ROLES: Final[Mapping[str, Sequence[str]]] = {
 PERMISSION_AREAS: Final = ("access", "access/groups", "nodes", "pool", "sdn", "storage", "vms")
 # A path, a role, and whether it propagates to the paths below.
 ACL = list[tuple[str, str, bool]]
+AUDITOR: Final = ("/", "PVEAuditor", True)
 
 # Values that pvestatd sent are shown for so long.
 EXPIRY_SECONDS: Final = 300
@@ -804,7 +805,7 @@ class SimulatedNode(Server):
         self.tasks = default_tasks()
         self.other_nodes: list[OtherNode] = []
         self.latency_seconds = latency_seconds
-        self.acl: ACL = [("/", "PVEAuditor", True)]
+        self.acl: ACL = [AUDITOR]
         self.token_acl: ACL | None = None
         self.roles = dict(ROLES)
         self.pools: dict[str, str] = {}

@@ -6,7 +6,6 @@ Real sockets and real TLS throughout; only host names are looked up in a table.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import re
 import select
@@ -159,30 +158,6 @@ def test_alarm_from_elsewhere_is_none(plain_node: lab.SimulatedNode) -> None:
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A client and the server that it talks to."""
-
-    server: lab.Server
-    request_to: Request
-    max_bytes: int
-
-    def request(self, **changes: Any) -> object:
-        return self.request_to(self.server, **changes)
-
-
-@pytest.fixture(params=["node", "hub"])
-def pair(request: pytest.FixtureRequest) -> Pair:
-    """Without TLS."""
-    server = request.getfixturevalue(f"plain_{request.param}")
-    if request.param == "node":
-        return Pair(server, read_status, 8 * 1024 * 1024)
-    return Pair(server, post_report, 1024 * 1024)
-
-
-BODY: Final = b'{"data":{"uptime":1}}'
-
-
 @pytest.mark.parametrize(
     "frame",
     [
@@ -193,13 +168,21 @@ BODY: Final = b'{"data":{"uptime":1}}'
         ),
     ],
 )
-def test_body_may_have_its_maximum_and_not_a_byte_more(pair: Pair, frame: bytes) -> None:
-    for length in (pair.max_bytes, pair.max_bytes + 1):
-        values = {b"length": length, b"body": BODY.ljust(length)}
-        pair.server.script("", lab.Raw(OK + frame % values))
-    assert pair.request()
-    with pytest.raises(agent.TransportError, match=rf"\b{pair.max_bytes}\b.*; .*\.url"):
-        pair.request()
+@pytest.mark.parametrize(
+    ("name", "request_to", "maximum"),
+    [("node", read_status, 8 * 1024 * 1024), ("hub", post_report, 1024 * 1024)],
+    ids=["node", "hub"],
+)
+def test_body_may_have_its_maximum_and_not_a_byte_more(
+    request: pytest.FixtureRequest, name: str, request_to: Request, maximum: int, frame: bytes
+) -> None:
+    server = request.getfixturevalue(f"plain_{name}")
+    for length in (maximum, maximum + 1):
+        body = b'{"data":{"uptime":1}}'.ljust(length)
+        server.script("", lab.Raw(OK + frame % {b"length": length, b"body": body}))
+    assert request_to(server)
+    with pytest.raises(agent.TransportError, match=rf"\b{maximum}\b.*; .*\.url"):
+        request_to(server)
 
 
 # ---- kept connections ----------------------------------------------------------------------------

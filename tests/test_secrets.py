@@ -30,18 +30,22 @@ from support import MODULE, Daemon, make_hub_client, make_report, raw_server
         b"HTTP/1.1 200 OK\r\n\r\n",
         b"HTTP/1.1 407 No\r\n\r\n",
         b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n",
+        b"",
     ],
-    ids=["200", "407", "302"],
+    ids=["200", "407", "302", "ends its side"],
 )
 def test_proxy_gets_no_secret(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    received: list[bytes] = []
+    """Nothing but CONNECT, and after 200 the beginning of a TLS handshake."""
+    received = b""
 
     def talk(connection: socket.socket) -> None:
+        nonlocal received
         connection.settimeout(10)
-        received.append(connection.recv(65536))
+        received = connection.recv(65536)
         connection.sendall(reply)
-        # After 200 the beginning of a TLS handshake.
-        received.append(connection.recv(65536))
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(65536):
+            received += piece
 
     with raw_server(talk) as port:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
@@ -49,8 +53,10 @@ def test_proxy_gets_no_secret(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> 
         client = make_hub_client(lab.SimulatedHub(None), url=url, api_key=API_KEY)
         with pytest.raises(agent.TransportError) as caught:
             client.report(make_report())
-    assert received[0].startswith(b"CONNECT hub.example.com:443 ")
-    assert find_secrets(b"".join(received).decode("latin-1")) == []
+    head, _, rest = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"CONNECT hub.example.com:443 HTTP/1.1\r\n")
+    assert rest[:1] == (b"\x16" if b"200" in reply else b"")
+    assert find_secrets(received.decode("latin-1")) == []
     assert find_secrets(show_error(caught.value)) == []
 
 
