@@ -321,54 +321,49 @@ def assert_refused(
 
 CLOCK: Final = "renew.*clock"
 NAMES: Final = (r"name.*proxmox\.url.*pvenode cert info", r"name.*hub\.url")
+# A missing intermediate certificate looks like an unknown CA, so the hint names both.
+UNKNOWN: Final = (
+    r"^set proxmox\.ca_file .*/etc/pve/pve-root-ca\.pem.*intermediate",
+    r"^set hub\.ca_file.*intermediate",
+)
+# No hint says to set what is set: a public certificate, or a file that was made anew.
+REPLACED: Final = (
+    r"^if .* public.* \"\" and .*name.*proxmox\.url.* restart the agent; .*intermediate",
+    r"^check that hub\.ca_file .* restart the agent; .*intermediate",
+)
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence", "hints"),
+    ("options", "trusted", "sentence", "hints"),
     [
-        pytest.param({"not_before_days": -30, "days": 9}, "expired", (CLOCK, CLOCK), id="expired"),
-        pytest.param({"not_before_days": 2}, "not yet valid", (CLOCK, CLOCK), id="not yet valid"),
-        pytest.param({"names": ["pve1.example.lan", "192.0.2.7"]}, "mismatch", NAMES, id="name"),
-        pytest.param({"names": []}, "mismatch", NAMES, id="nameless"),
+        ({"not_before_days": -30, "days": 9}, "its own", "expired", (CLOCK, CLOCK)),
+        ({"not_before_days": 2}, "its own", "not yet valid", (CLOCK, CLOCK)),
+        ({"names": ["pve1.example.lan", "192.0.2.7"]}, "its own", "mismatch", NAMES),
+        ({"names": []}, "its own", "mismatch", NAMES),
+        ({}, "none", "unable to get local issuer", UNKNOWN),
+        ({}, "another", "certificate", REPLACED),
+        # That the server sends its root, too, proves nothing.
+        ({}, "none, but root is sent", "self-signed", UNKNOWN),
     ],
+    ids=["expired", "not yet valid", "name", "nameless", "unknown CA", "replaced", "root"],
 )
-def test_defective_certificate_is_refused_in_openssls_words(
-    tmp_path: Path, options: dict[str, Any], sentence: str, hints: tuple[str, str]
+def test_certificate_is_refused_in_openssls_words(
+    tmp_path: Path,
+    hub_certificates: lab.Certificates,
+    options: dict[str, Any],
+    trusted: str,
+    sentence: str,
+    hints: tuple[str, str],
 ) -> None:
     certificates = lab.make_certificates(tmp_path, **options)
+    if trusted == "none, but root is sent":
+        chain = certificates.cert_file.read_bytes() + certificates.ca_file.read_bytes()
+        certificates.cert_file.write_bytes(chain)
+    files = {"its own": certificates.ca_file, "another": hub_certificates.ca_file}
+    ca_file = str(files.get(trusted, ""))
     with lab.SimulatedNode(certificates) as node, lab.SimulatedHub(certificates) as hub:
-        assert_refused(read_status, node, sentence, hints[0])
-        assert_refused(post_report, hub, sentence, hints[1])
-
-
-def test_certificate_of_an_unknown_ca_is_refused(
-    node: lab.SimulatedNode, hub: lab.SimulatedHub
-) -> None:
-    """A missing intermediate certificate looks the same to the client, so the hint names both."""
-    hint = r"^set proxmox\.ca_file .*/etc/pve/pve-root-ca\.pem.*intermediate"
-    assert_refused(read_status, node, "certificate", hint, ca_file="")
-    assert_refused(post_report, hub, "certificate", r"^set hub\.ca_file.*intermediate", ca_file="")
-
-
-def test_certificate_that_is_not_from_ca_file_is_refused(
-    node: lab.SimulatedNode,
-    hub: lab.SimulatedHub,
-    certificates: lab.Certificates,
-    hub_certificates: lab.Certificates,
-) -> None:
-    """No hint says to set what is set: a public certificate, or a file that was made anew."""
-    hint = r"^if .* public.* \"\" and .*name.*proxmox\.url.* restart the agent; .*intermediate"
-    assert_refused(read_status, node, "certificate", hint, ca_file=str(hub_certificates.ca_file))
-    hint = r"^check that hub\.ca_file .* restart the agent; .*intermediate"
-    assert_refused(post_report, hub, "certificate", hint, ca_file=str(certificates.ca_file))
-
-
-def test_root_that_the_server_sends_proves_nothing(tmp_path: Path) -> None:
-    certificates = lab.make_certificates(tmp_path)
-    chain = certificates.cert_file.read_bytes() + certificates.ca_file.read_bytes()
-    certificates.cert_file.write_bytes(chain)
-    with lab.SimulatedNode(certificates) as node:
-        assert_refused(read_status, node, "self-signed", r"proxmox\.ca_file", ca_file="")
+        assert_refused(read_status, node, sentence, hints[0], ca_file=ca_file)
+        assert_refused(post_report, hub, sentence, hints[1], ca_file=ca_file)
 
 
 # X509_V_ERR_… of x509_vfy.h; for the first and the last no server here is a reason.
@@ -584,18 +579,3 @@ def test_failure_that_says_most_is_told(
     resolve["server.example.lan"] = [addresses[1]]
     with pytest.raises(agent.TransportError, match="family"):
         request_to(url="https://server.example.lan")
-
-
-def test_name_server_may_be_slow(
-    node: lab.SimulatedNode, resolve: Addresses, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resolve["pve1.example.lan"] = [address(node.port)]
-    look_up = socket.getaddrinfo
-    slow = threading.Event()
-
-    def look_up_slowly(*arguments: Any) -> Any:
-        slow.wait(SOON)
-        return look_up(*arguments)
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up_slowly)
-    assert read_status(node, url="https://pve1.example.lan", timeout_seconds=10)
