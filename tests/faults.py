@@ -86,11 +86,9 @@ STOPS: Final = {
 NOT_HTTP: Final = {
     "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
     "a TLS alert": b"\x15\x03\x03\x00\x02\x02\x28",
-    "zeros": bytes(99),
     "a frame of HTTP/2": b"\0\0\6\4\0\0\0\0\0\0\4\x40\0\0\0",
     "HTTP/2": b"HTTP/2 200 OK\r\n\r\n",
     "status OK": b"HTTP/1.1 OK\r\n\r\n",
-    "status 1000": b"HTTP/1.1 1000 Odd\r\n\r\n",
 }
 CHUNK_SIZES: Final = {"not a number": b"zz", "negative": b"-1", "endless": b"0" * 99999}
 FLOODS: Final = {
@@ -99,7 +97,6 @@ FLOODS: Final = {
     "in a chunk of 16 EiB": CHUNKED + b"ffffffffffffffff\r\n@FLOOD@",
     "in chunks": CHUNKED + b"100000\r\n%b\r\n" % bytes(1 << 20) * 9,
     "in small chunks": CHUNKED + b"1\r\n \r\n" * 100_000,
-    "in the status line": b"HTTP/1.1 200 @FLOOD@",
     "in a header": OK + b"X: @FLOOD@",
     "of headers": OK + b"X: x\r\n" * 100_000,
     "of preliminary responses": b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000,
@@ -107,13 +104,10 @@ FLOODS: Final = {
 UNUSABLE: Final = {
     # Some web servers give it to whatever path they do not know.
     "nothing": (b"", "empty"),
-    "blanks": (b" \r\n", ""),
     "HTML": (b"<!DOCTYPE html><title>Log in</title>", "line 1 column 1"),
     "null": (b"null", "not a JSON object"),
     "an array": (b"[]", "not a JSON object"),
-    "a string": (b'"data"', "not a JSON object"),
     "two objects": (b"{}{}", "line 1 column 3"),
-    "half an object": (b'{"data":', "line 1 column 9"),
     "100,000 brackets": (b"[" * 100_000, ""),
     "10,000 digits": (b'{"data":' + b"9" * 10_000 + b"}", ""),
     "latin-1": (b'{"data":"\xfc"}', "utf-8"),
@@ -139,7 +133,7 @@ ECHOES: Final = {
     "as chunk size": CHUNKED + b"@SECRET@\r\n",
     "as body": OK + b"\r\n@SECRET@",
 }
-STATUSES: Final = (301, 304, 401, 403, 404, 407, 413, 429, 500, 502, 503, 595, 999)
+STATUSES: Final = (301, 304, 401, 403, 407, 429, 500, 999)
 FORGED: Final = b"a\rb\x1b[2Jc\x85d\xe2\x80\xa8e<0>f" + b"g" * 60_000
 HEADERS: Final = b"Location: /?@SECRET@\r\nRetry-After: @SECRET@\r\n"
 

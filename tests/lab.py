@@ -165,22 +165,19 @@ class Request:
 class Reply:
     """An HTTP response.
 
-    Body None: neither body nor Content-Length. Header None: left out. `close` None: as the real
-    server would.
+    Body None: neither body nor Content-Length. `close` None: as the real server would.
     """
 
     status: int = 200
     reason: str = ""
     body: bytes | None = b""
-    headers: Mapping[str, str | None] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     close: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Say nothing for so long, or until the client leaves or the server stops, then close."""
-
-    seconds: float = 600.0
+    """Say nothing until the client leaves or the server stops, then close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,9 +404,9 @@ class Server:
                 close = close if answer.close is None else answer.close
                 connection.sendall(self._head(answer, body, close) + (body or b""))
                 return not close
-            case Stall(seconds):
+            case Stall():
                 # Readable once the client, or __exit__, has closed it.
-                select.select([connection], [], [], seconds)
+                select.select([connection], [], [], 600)
             case Raw(data, ending):
                 connection.sendall(data)
                 if ending == "reset":
@@ -426,19 +423,16 @@ class Server:
         return False
 
     def _head(self, reply: Reply, body: bytes | None, close: bool) -> bytes:
-        now = formatdate(usegmt=True)
-        headers: dict[str, str | None] = {
-            "Cache-Control": "max-age=0",
+        headers = {
             "Connection": "close" if close else "Keep-Alive",
-            "Date": now,
-            "Pragma": "no-cache",
+            "Date": formatdate(usegmt=True),
             "Server": self.server_name,
         }
         if body is not None:
             headers |= {"Content-Length": str(len(body)), "Content-Type": self.content_type}
-        headers |= {"Expires": now, **reply.headers}
+        headers.update(reply.headers)
         reason = reply.reason or responses.get(reply.status, "")
-        lines = [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         return f"HTTP/1.1 {reply.status} {reason}\r\n{''.join(lines)}\r\n".encode()
 
 
@@ -490,7 +484,7 @@ def leading_number(value: object) -> float:
 
 @dataclass(slots=True)
 class Guest:
-    """A container or a VM: its configuration file and the changes that are pending.
+    """A container or a VM, and its configuration file.
 
     The status of a guest that was just created is "unknown". One that has `vanished` is still
     listed, but its configuration file is gone. A container with `env` in its configuration shows
@@ -501,7 +495,6 @@ class Guest:
     name: str
     status: str = "running"
     config: dict[str, object] = field(default_factory=dict)
-    pending: dict[str, object] = field(default_factory=dict)
     type: Literal["lxc", "qemu"] = "lxc"
     lock: str | None = None
     template: bool = False
@@ -526,15 +519,9 @@ class Guest:
             entry |= {"name": self.name.encode().decode("latin-1"), "template": int(self.template)}
         return entry | self.list_extra
 
-    def config_entry(self, *, current: bool) -> dict[str, object]:
-        """Return the configuration, with pending changes unless the current values are wanted.
-
-        A pending None removes a key.
-        """
+    def config_entry(self) -> dict[str, object]:
         config = self.config | ({"lock": self.lock} if self.lock else {})
-        config |= {"template": 1} if self.template else {}
-        config |= {} if current else self.pending
-        return {key: value for key, value in config.items() if value is not None}
+        return config | ({"template": 1} if self.template else {})
 
 
 def default_guests() -> list[Guest]:
@@ -542,12 +529,11 @@ def default_guests() -> list[Guest]:
     broken: dict[str, object] = {"cores": "many", "hostname": "bro ken", "memory": "12x"}
     weird_name = "xn--weird-host.Example-1"
     weird = usual_config(106, weird_name, cores=2, tags="grün;prod", description="Grüße ☃ 😀\n%<b>")
-    snappy = usual_config(105, "snappy", cores=2)
     return [
         Guest(107, "broken", "stopped", {**broken, "rootfs": "???"}),
         Guest(100, "web", config=usual_config(100, "web", cores=2, onboot=1, tags="prod;web")),
         Guest(101, "nocores", config=usual_config(101, "nocores")),
-        Guest(105, "snappy", "stopped", snappy, pending={"cores": 4, "swap": None}),
+        Guest(105, "snappy", "stopped", usual_config(105, "snappy", cores=2)),
         Guest(104, "locked", "stopped", usual_config(104, "locked", cores=1), lock="backup"),
         Guest(103, "tmpl", "stopped", usual_config(103, "tmpl", cores=1), template=True),
         Guest(102, "limitonly", "stopped", usual_config(102, "limitonly", cpulimit="1.5")),
@@ -590,7 +576,7 @@ def default_vms() -> list[Guest]:
 
     return [
         build(202, "diskless", "stopped", lock="migrate"),
-        build(200, "vm-one", "running", pending={"cores": 8, "memory": "8192"}),
+        build(200, "vm-one", "running"),
         build(201, "template", "stopped", template=True),
     ]
 
@@ -608,24 +594,20 @@ def many_vms(count: int) -> list[Guest]:
 
 @dataclass(slots=True)
 class Storage:
-    """A storage; `problem` is why its backups cannot be listed."""
-
     name: str
     content: str = "backup"
     plugintype: str = "dir"
     status: str = "available"
-    shared: bool = False
     total_bytes: int = 4294967296
     used_bytes: int = 31494144
     backups: list[dict[str, object]] = field(default_factory=list)
-    problem: str = ""
 
     def resource(self, node: str, *, stale: bool = False) -> dict[str, object]:
         """Return the storage's entry in /cluster/resources."""
         status = "unknown" if stale else self.status
         entry: dict[str, object] = {"id": f"storage/{node}/{self.name}", "type": "storage"}
         entry |= {"content": self.content, "node": node, "plugintype": self.plugintype}
-        entry |= {"shared": int(self.shared), "status": status, "storage": self.name}
+        entry |= {"status": status, "storage": self.name}
         sizes = {"disk": self.used_bytes, "maxdisk": self.total_bytes}
         return entry | (sizes if status == "available" else {})
 
@@ -681,15 +663,13 @@ def default_storages() -> list[Storage]:
     bak = [backup(*entry) for entry in json.loads(BACKUPS)]
     nas = [backup("nas:backup/vzdump-lxc-100-2026_11_21-02_00_03.tar.zst", 1795226403, 100)]
     pbs = [backup("pbs:backup/ct/100/2026-11-24T01:00:00Z", 1795482000, 100)]
-    reason = "directory is expected to be a mount point but is not mounted: '/srv/gone'"
-    reason = f"unable to activate storage 'gone' - {reason}"
     return [
         Storage("local", "iso,backup,images,rootdir,vztmpl,snippets"),
-        Storage("gone", status="unknown", problem=reason),
+        Storage("gone", status="unknown"),
         Storage("bak", backups=bak),
         Storage("nobackup", "vztmpl,iso"),
-        Storage("nas", "backup,iso", "nfs", shared=True, backups=nas),
-        Storage("pbs", "backup", "pbs", shared=True, backups=pbs),
+        Storage("nas", "backup,iso", "nfs", backups=nas),
+        Storage("pbs", "backup", "pbs", backups=pbs),
     ]
 
 
@@ -831,7 +811,7 @@ class SimulatedNode(Server):
         path, _, query = request.path.removeprefix(self.base).partition("?")
         parameters = dict(parse_qsl(query, keep_blank_values=True))
         readable = request.method == "GET" and request.path.startswith(self.base)
-        headers: dict[str, str | None] = {}
+        headers: dict[str, str] = {}
         totals: dict[str, object] = {}
         data: object
         match path.split("/")[1:] if readable else []:
@@ -846,7 +826,9 @@ class SimulatedNode(Server):
                 data = self.status
             case ["nodes", self.name, "lxc" | "qemu" as kind, vmid, "config"]:
                 self._require(f"/vms/{vmid}", "VM.Audit")
-                data = self._guest_config(kind, vmid, parameters.pop("current", "0"))
+                data = self._guest_config(kind, vmid)
+                # Without it, changes that are pending would be mixed in.
+                parameters.pop("current", "1")
             case ["nodes", self.name, "tasks"]:
                 data = self._finished_tasks(parameters)
                 totals = {"total": len(data)}
@@ -945,12 +927,12 @@ class SimulatedNode(Server):
             entry["uptime"] = uptime - self.resources_age_seconds
         return entry | self.resources
 
-    def _guest_config(self, kind: str, vmid: str, current: str) -> dict[str, object]:
+    def _guest_config(self, kind: str, vmid: str) -> dict[str, object]:
         for guest in (*self.guests, *self.vms):
             if str(guest.vmid) == vmid and guest.type == kind and not guest.vanished:
                 if "env" in guest.config:
                     self._require(f"/vms/{vmid}", "VM.Config.Options")
-                return guest.config_entry(current=current == "1")
+                return guest.config_entry()
         folder = "lxc" if kind == "lxc" else "qemu-server"
         path = f"nodes/{self.name}/{folder}/{vmid}.conf"
         raise refused(500, f"Configuration file '{path}' does not exist")
@@ -973,8 +955,6 @@ class SimulatedNode(Server):
             raise refused(500, f"storage '{name}' does not exist")
         if "backup" not in storage.content.split(","):
             raise refused(500, f"storage '{name}' does not support backups")
-        if storage.problem:
-            raise refused(500, storage.problem)
         return storage.backups
 
 

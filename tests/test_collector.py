@@ -82,7 +82,7 @@ def test_every_container_is_reported_by_vmid_templates_too(plain_node: lab.Simul
     assert found == expected
     assert [guest.vmid for guest in report.guests if guest.spec is None] == [999]
     specs = {guest.vmid: guest.spec for guest in report.guests}
-    # Pending changes are not mixed in, and no cores mean all of the node's.
+    # No cores mean all of the node's.
     assert specs[105] == agent.GuestSpec(cores=2, memory_bytes=1 << 30, disk_bytes=8 << 30)
     assert specs[101] == agent.GuestSpec(cores=2, memory_bytes=1 << 30, disk_bytes=8 << 30)
     assert specs[109] == agent.GuestSpec(cores=2, memory_bytes=512 << 20, disk_bytes=None)

@@ -104,8 +104,8 @@ def test_cycle_with_extras_makes_these_calls_and_no_others(
 
 # Cores, MiB and GiB.
 KINDS: Final[Mapping[int, tuple[str, str, int, int, int | None]]] = {
-    # Sockets times cores, not capped at the node's 2, and no pending change; both disks, but not
-    # EFI, CD-ROM or the unused one.
+    # Sockets times cores, not capped at the node's 2; both disks, but not EFI, CD-ROM or the
+    # unused one.
     200: ("vm-one", "running", 8, 4096, 132),
     # Of a template only the name and a disk are set.
     201: ("template", "stopped", 1, 512, 10),

@@ -48,7 +48,6 @@ def call(plain_node: lab.SimulatedNode) -> Iterator[Caller]:
 # --- the node -------------------------------------------------------------------------------------
 
 NO_FILE = "Configuration file 'nodes/pve1/{}.conf' does not exist"
-MOUNT = "directory is expected to be a mount point but is not mounted: '/srv/gone'"
 PARAMETER = "Parameter verification failed."
 
 
@@ -62,7 +61,6 @@ PARAMETER = "Parameter verification failed."
         (PRUNE.format("bak").replace("%3D", "%253D"), 400, PARAMETER),
         (PRUNE.format("nosuch"), 500, "storage 'nosuch' does not exist"),
         (PRUNE.format("nobackup"), 500, "storage 'nobackup' does not support backups"),
-        (PRUNE.format("gone"), 500, f"unable to activate storage 'gone' - {MOUNT}"),
         ("/nodes/pve1/lxc", 501, "Method 'GET /nodes/pve1/lxc' not implemented"),
         ("/nodes/pve2/status", 501, "Method 'GET /nodes/pve2/status' not implemented"),
     ],
@@ -92,12 +90,6 @@ def test_values_expire_after_five_minutes(call: Caller, plain_node: lab.Simulate
     assert {entry["status"] for entry in listed.values()} == {"unknown", "ok"}
     figures = {"name", "cpu", "maxdisk", "uptime"}
     assert not figures & {key for entry in listed.values() for key in entry}
-
-
-def test_pending_changes_are_mixed_in_unless_current(call: Caller) -> None:
-    mixed, current = (call(CONFIG.format(105) + query)[1]["data"] for query in ("", "?current=1"))
-    assert (mixed["cores"], mixed.get("swap")) == (4, None)
-    assert (current["cores"], current["swap"]) == (2, 512)
 
 
 def test_backups_come_from_pvedaemon_which_closes(
