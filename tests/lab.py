@@ -693,7 +693,6 @@ ROLES: Final[Mapping[str, Sequence[str]]] = {
     "PVEAuditor": PRIVILEGES,
     "VMAudit": ("VM.Audit",),
 }
-PERMISSION_AREAS: Final = ("access", "access/groups", "nodes", "pool", "sdn", "storage", "vms")
 # A path, a role, and whether it propagates to the paths below.
 ACL = list[tuple[str, str, bool]]
 AUDITOR: Final = ("/", "PVEAuditor", True)
@@ -845,32 +844,27 @@ class SimulatedNode(Server):
         reply = json_reply({"data": data} | totals)
         return replace(reply, headers=headers, close=bool(headers) or None)
 
-    def permissions(self, path: str) -> dict[str, int]:
-        """Return what the token may do at a path: 1 for a privilege that holds below it too."""
+    def permissions(self, path: str) -> set[str]:
+        """Return what the token may do at a path."""
         user = self._granted(self.acl, path)
-        if self.token_acl is None:
-            return user
-        token = self._granted(self.token_acl, path)
-        return {name: user[name] & token[name] for name in user.keys() & token.keys()}
+        return user if self.token_acl is None else user & self._granted(self.token_acl, path)
 
-    def _granted(self, acl: ACL, path: str) -> dict[str, int]:
+    def _granted(self, acl: ACL, path: str) -> set[str]:
         roles = self._find_roles(acl, path)
         if path in self.pools:
-            roles = dict.fromkeys(self._find_roles(acl, f"/pool/{self.pools[path]}"), 0) | roles
-        privileges: dict[str, int] = {}
-        for role, propagates in {} if "NoAccess" in roles else roles.items():
-            for privilege in self.roles[role]:
-                privileges[privilege] = max(propagates, privileges.get(privilege, 0))
-        return privileges
+            roles |= self._find_roles(acl, f"/pool/{self.pools[path]}")
+        if "NoAccess" in roles:
+            return set()
+        return {privilege for role in roles for privilege in self.roles[role]}
 
     @staticmethod
-    def _find_roles(acl: ACL, path: str) -> dict[str, int]:
+    def _find_roles(acl: ACL, path: str) -> set[str]:
         """Return the roles at a path: the deepest entry of the list decides."""
-        roles: dict[str, int] = {}
+        roles: set[str] = set()
         steps = [path[: slash.start()] for slash in re.finditer("/", path)]
         for step in ("/", *steps[1:], path):
             here = {
-                role: int(propagates)
+                role
                 for place, role, propagates in acl
                 if place == step and (propagates or step == path)
             }
@@ -879,11 +873,11 @@ class SimulatedNode(Server):
 
     def _permissions_reply(self, path: str | None) -> dict[str, dict[str, int]]:
         if path is not None:
-            return {path: self.permissions(path)}
-        paths = ["/", *(f"/{area}" for area in PERMISSION_AREAS)]
+            return {path: dict.fromkeys(self.permissions(path), 1)}
+        paths = ["/", "/access", "/nodes", "/pool", "/storage", "/vms", *self.pools]
         paths += [place for place, _, _ in (*self.acl, *(self.token_acl or []))]
-        paths += [*self.pools, *(f"/pool/{pool}" for pool in self.pools.values())]
-        return {path: found for path in paths if (found := self.permissions(path))}
+        found = {path: dict.fromkeys(self.permissions(path), 1) for path in paths}
+        return {path: privileges for path, privileges in found.items() if privileges}
 
     def _require(self, path: str, *any_of: str) -> None:
         if not any(privilege in self.permissions(path) for privilege in any_of):
@@ -1013,12 +1007,10 @@ class SimulatedHub(Server):
         certificates: Certificates | None,
         *,
         api_key: str = "lab-hub-key",
-        prefix: str = "",
         log: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(certificates)
         self.api_key = api_key
-        self.base = prefix
         self.envelope: dict[str, object] = {"poll_interval_seconds": 900, "blocked": False}
         self.envelope |= {"desired_generation": 0, "has_signed_ops": False}
         self.reports: list[dict[str, object]] = []

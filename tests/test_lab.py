@@ -76,14 +76,6 @@ def test_refusal_gives_its_reason_and_closes(
     assert plain_node.connections == 2
 
 
-def test_unknown_guest_has_neither_name_nor_figures(
-    call: Caller, plain_node: lab.SimulatedNode
-) -> None:
-    plain_node.guests = [lab.Guest(1099, "new", "unknown", {"tags": "a;b"}, lock="create")]
-    expected = {"id": "lxc/1099", "lock": "create", "node": "pve1", "status": "unknown"}
-    assert call.resources()["lxc/1099"] == {**expected, "tags": "a;b", "type": "lxc", "vmid": 1099}
-
-
 def test_values_expire_after_five_minutes(call: Caller, plain_node: lab.SimulatedNode) -> None:
     plain_node.resources_age_seconds = 301
     listed = call.resources()
@@ -113,39 +105,6 @@ def test_hundredth_request_closes_the_connection(
     said = [call("/version")[0].headers["Connection"] for _ in range(101)]
     assert said == ["Keep-Alive"] * 99 + ["close", "Keep-Alive"]
     assert [request.connection for request in plain_node.requests] == [1] * 100 + [2]
-
-
-HERE = ("/vms/100", "VMAudit", False)
-
-
-@pytest.mark.parametrize(
-    ("acl", "token_acl", "permissions"),
-    [
-        ([lab.AUDITOR], None, dict.fromkeys(lab.PRIVILEGES, 1)),
-        ([("/pool/x", "PVEAuditor", True)], None, dict.fromkeys(lab.PRIVILEGES, 0)),
-        ([HERE], None, {"VM.Audit": 0}),
-        ([lab.AUDITOR], [HERE], {"VM.Audit": 0}),
-    ],
-    ids=["root", "pool", "here", "token-here"],
-)
-def test_privilege_says_whether_it_holds_below_too(
-    call: Caller,
-    plain_node: lab.SimulatedNode,
-    acl: lab.ACL,
-    token_acl: lab.ACL | None,
-    permissions: dict[str, int],
-) -> None:
-    """What a token sees is in test_proxmox."""
-    plain_node.acl, plain_node.token_acl, plain_node.pools = acl, token_acl, {"/vms/100": "x"}
-    assert call("/access/permissions?path=/vms/100")[1]["data"] == {"/vms/100": permissions}
-
-
-def test_figures_of_the_node_take_a_privilege_of_their_own(
-    call: Caller, plain_node: lab.SimulatedNode
-) -> None:
-    plain_node.acl = [("/vms", "VMAudit", True)]
-    assert not {"cpu", "uptime"} & call.resources()["node/pve1"].keys()
-    assert call("/nodes/pve1/status")[0].status == 403
 
 
 # --- the hub --------------------------------------------------------------------------------------
