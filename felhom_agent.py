@@ -1165,12 +1165,7 @@ class Connection(http.client.HTTPConnection):
         # On its own, because http.client would connect as a part of sending, and errors of sending
         # are passed over below.
         if self.sock is None:
-            try:
-                self.connect()
-            except BaseException:
-                # No socket without TLS may stay behind.
-                self.close()
-                raise
+            self.connect()
         # A server that refuses a request may close the connection before it has read all of it.
         # Its response is there to be read all the same, and says why.  If there is none, reading
         # fails.
