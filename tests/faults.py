@@ -172,11 +172,6 @@ FAULTS: Final = (
     Fault("forged lines in a reason phrase", status_line(500, FORGED), status=500),
 )
 
-# Instead of a TLS handshake
-HANDSHAKES: Final = (
-    Fault("closed", b"", problem="connection closed .*during the TLS handshake"),
-    Fault("reset", b"", "reset", problem="connection .*reset during the TLS handshake"),
-)
 HARMLESS: Final = tuple(Fault(name, data) for name, data in UNUSUAL.items())
 
 
@@ -201,10 +196,7 @@ def break_server(node: lab.SimulatedNode, hub: lab.SimulatedHub, place: str, fau
         body = lab.json_reply(hub.envelope).body or b""
         hub.script(path, lab.Forever(fault.answer(body, API_KEY)))
     else:
-        headers = {"authorization": f"PVEAPIToken={node.token_id}={TOKEN_SECRET}"}
-        path = node.base + path
-        request = lab.Request(method="GET", path=path, headers=headers, body=b"", connection=0)
-        body = node.answer(request).body or b""
+        body = node.usual_reply(path).body or b""
         node.script(PLACES[place], lab.Forever(fault.answer(body, TOKEN_SECRET)))
 
 

@@ -801,6 +801,12 @@ class SimulatedNode(Server):
         except Refused as exc:
             return exc.reply
 
+    def usual_reply(self, path: str) -> Reply:
+        """Return the answer to GET with the node's own token."""
+        token = {"authorization": f"PVEAPIToken={self.token_id}={self.token_secret}"}
+        path = self.base + path
+        return self.answer(Request(method="GET", path=path, headers=token, body=b"", connection=0))
+
     def _authenticate(self, authorization: str) -> None:
         if authorization != f"PVEAPIToken={self.token_id}={self.token_secret}":
             is_token = re.match("PVEAPIToken=.", authorization)

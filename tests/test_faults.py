@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import itertools
 import json
-import logging
 import operator
 import os
 import re
 import resource
-import socket
 import threading
 import time
 import tracemalloc
@@ -31,13 +28,9 @@ from support import (
     SOON,
     SOON_IF_BUSY,
     Daemon,
-    Prober,
     make_collector,
     make_hub_client,
-    make_report,
     messages,
-    proxmox_config,
-    raw_server,
 )
 
 NAME: Final = operator.attrgetter("name")
@@ -170,39 +163,6 @@ def test_fault_in_a_guests_configuration_costs_this_guests_spec(
     assert run_with_fault(healthy_agent, log, fault, "configuration") == (None, expected)
 
 
-# ---- before the response -------------------------------------------------------------------------
-
-
-def read_node(url: str) -> object:
-    return make_collector(lab.SimulatedNode(None), url=url).collect()
-
-
-def post_report(url: str) -> object:
-    return make_hub_client(lab.SimulatedHub(None), url=url).report(make_report())
-
-
-@pytest.mark.parametrize("fault", faults.HANDSHAKES, ids=NAME)
-@pytest.mark.parametrize(
-    ("request_to", "hint"),
-    [(read_node, "pveproxy, and ALLOW_FROM"), (post_report, "the web server in front of the hub")],
-    ids=["node", "hub"],
-)
-def test_server_that_ends_the_tls_handshake(
-    fault: faults.Fault, request_to: Callable[[str], object], hint: str
-) -> None:
-    """As pveproxy does with ALLOW_FROM, and any server that stops."""
-
-    def talk(connection: socket.socket) -> None:
-        # Not before all of it has come, or closing would be a reset.
-        connection.recv(65536)
-        if fault.ending == "reset":
-            lab.reset_when_closed(connection)
-
-    with raw_server(talk) as port, pytest.raises(agent.TransportError) as caught:
-        request_to(f"https://127.0.0.1:{port}")
-    assert re.search(f": 127.0.0.1:{port}: {fault.problem}; .*{hint}", str(caught.value))
-
-
 # ---- memory --------------------------------------------------------------------------------------
 
 FLOODS: Final = [fault for fault in faults.FAULTS if fault.name.startswith("flood")]
@@ -329,35 +289,3 @@ def test_jumps_of_the_wall_clock_change_nothing(
     assert loop.clock is time.monotonic
     assert len(plain_hub.reports) == 3
     assert waits == [pytest.approx(900, abs=5)] * 3
-
-
-# ---- a bug of ours -------------------------------------------------------------------------------
-
-
-class Faulty(agent.Collector):
-    """Has a bug whose message quotes a secret, and forges a line."""
-
-    def collect(self, *, check_all_paths: bool = False) -> agent.HostReport:
-        raise ZeroDivisionError(f"division by\n{faults.TOKEN_SECRET}\x1b[31m")
-
-
-def test_own_bug_is_told_once_without_secrets_and_ends_nothing(
-    plain_node: lab.SimulatedNode, plain_hub: lab.SimulatedHub
-) -> None:
-    stream, waits = io.StringIO(), list[float]()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(agent.LogFormatter())
-    logger = logging.getLogger("tests.bug")
-    logger.addHandler(handler)
-    proxmox = agent.ProxmoxClient(proxmox_config(plain_node))
-    agent.SECRETS.add(faults.TOKEN_SECRET)
-    collector = Faulty(proxmox, Prober(), host_id="", agent_version="", logger=logger)
-    agent.Loop(collector, make_hub_client(plain_hub), 900, logger=logger, wait=waits.append).run(3)
-    shown = stream.getvalue()
-    assert len(waits) == 3
-    assert shown.count("Traceback") == shown.count("ZeroDivisionError: division") == 1
-    assert "    ***\\x1b[31m\n" in shown
-    assert faults.TOKEN_SECRET not in shown
-    first, *others = shown.splitlines()
-    assert "bug in the agent" in first
-    assert [line for line in others if not line.startswith("    ")] == []

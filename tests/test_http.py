@@ -496,6 +496,23 @@ def test_tls_that_fails_is_told_with_openssls_reason(
         request_to(url=f"https://127.0.0.1:{port}", **changes)
 
 
+@both_clients
+@pytest.mark.parametrize("ending", ["close", "reset"])
+def test_server_that_ends_the_handshake(ending: str, request_to: Request) -> None:
+    """As pveproxy does with ALLOW_FROM, and any server that stops."""
+
+    def talk(connection: socket.socket) -> None:
+        # Not before all of it has come, or closing would be a reset.
+        connection.recv(65536)
+        if ending == "reset":
+            lab.reset_when_closed(connection)
+
+    hint = "(pveproxy, and ALLOW_FROM|the web server in front of the hub)"
+    expected = f"connection closed or reset during the TLS handshake; check .*{hint}"
+    with raw_server(talk) as port, pytest.raises(agent.TransportError, match=expected):
+        request_to(url=f"https://127.0.0.1:{port}")
+
+
 # ---- addresses -----------------------------------------------------------------------------------
 
 Address = tuple[Any, ...]
