@@ -27,7 +27,6 @@ import lab
 from support import (
     HANG_SECONDS,
     SOON,
-    make_collector,
     make_hub_client,
     make_report,
     proxmox_config,
@@ -196,19 +195,6 @@ def client(node: lab.SimulatedNode) -> Iterator[agent.ProxmoxClient]:
 
 def connections_used(server: lab.Server) -> list[int]:
     return [request.connection for request in server.requests]
-
-
-def test_cycle_takes_one_connection_to_each_server(
-    node: lab.SimulatedNode, hub: lab.SimulatedHub
-) -> None:
-    node.guests = lab.many_guests(10)
-    collector, client = make_collector(node), make_hub_client(hub)
-    for _ in range(2):
-        client.report(collector.collect())
-    # Neither is kept from cycle to cycle.
-    assert (node.connections, hub.connections) == (2, 2)
-    assert connections_used(node) == sorted(connections_used(node))
-    assert connections_used(hub) == [1, 2]
 
 
 def test_connection_is_replaced_if_the_server_closed_it_meanwhile(
