@@ -158,8 +158,8 @@ def verify_error(code: int) -> ssl.SSLCertVerificationError:
     return error
 
 
-# What stands for each message of the table of missing responses.  The words of OpenSSL, the
-# resolver and the kernel are in test_http.py.
+# What stands for each message of the table of missing responses: a key of the hints, if the words
+# are the module's own.  The words of OpenSSL, the resolver and the kernel are in test_http.py.
 REFUSED: Final = "certificate verify failed: "
 CAUSES: Final[Mapping[str, Exception | str]] = {
     f"{REFUSED}Hostname mismatch, …": verify_error(62),
@@ -209,6 +209,8 @@ def test_each_missing_response_has_the_hint_of_its_row(clients: Mapping[str, Any
             found.add(message)
             if isinstance(cause, Exception):
                 cause = agent.find_cause(cause)
+            else:
+                assert re.sub(r" (\d{3} )?…$", "", message) in MODULE.read_text("utf-8")
             for column, server in (
                 *(("from Proxmox", "Proxmox"), ("from the hub", "the hub")),
                 ("hint", "the hub"),
