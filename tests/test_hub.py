@@ -272,7 +272,7 @@ def test_hub_behind_the_proxy_must_have_its_name(far_hub: lab.SimulatedHub, prox
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", "403", "https_proxy.*allows.*no_proxy"),
         (b"HTTP/1.1 502 Bad Gateway\r\n\r\n", "502", "cannot reach the hub.*hub.url"),
         (b"HTTP/1.1 500 No\r\n\r\n", "500 No", "cannot reach the hub.*hub.url"),
-        (b"HTTP/1.1 301 Moved\r\nLocation: https://127.0.0.1/\r\n\r\n", "301", "https_proxy"),
+        (b"HTTP/1.1 300 Many\r\nLocation: https://127.0.0.1/\r\n\r\n", "300", "https_proxy"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", r"not answer in HTTP/1\.1 \(SSH", "https_proxy"),
         (b"\x15\x03\x01\x00\x02\x02\x16", r"not answer in HTTP/1\.1", "https_proxy"),
         (b"", "closed", "https_proxy"),
