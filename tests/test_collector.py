@@ -333,6 +333,18 @@ def test_old_list_in_the_first_five_minutes_after_a_boot_is_tried_again(
     assert len(messages(log)) == (uptime == 300)
 
 
+@pytest.mark.parametrize("uptime", [0, 299])
+def test_list_without_measurements_soon_after_a_boot_is_tried_again(
+    node: lab.SimulatedNode, uptime: int
+) -> None:
+    """It is from before pvestatd's first round, and as new as the boot."""
+    node.status["uptime"], node.resources_age_seconds = uptime, 0
+    for guest in node.guests:
+        guest.status = "unknown"
+    with pytest.raises(agent.AgentError, match=r"^Proxmox has not measured its guests yet; "):
+        make_collector(node).collect()
+
+
 @pytest.mark.parametrize("uptime", [2574, 10])
 def test_node_that_is_listed_as_offline_is_out_of_the_cluster(
     node: lab.SimulatedNode, log: pytest.LogCaptureFixture, uptime: int
@@ -355,7 +367,8 @@ def test_node_that_is_listed_as_offline_is_out_of_the_cluster(
     [
         (["unknown"] * 2, ["running"] * 2, "containers"),
         (["running"] * 2, ["unknown"] * 2, "virtual machines"),
-        (["unknown"] * 2, ["unknown"] * 2, "guests"),
+        (["unknown"], ["unknown"] * 2, "containers and virtual machines"),
+        ([], ["unknown"], "virtual machines"),
         (["unknown"], ["running"] * 2, None),
         (["unknown", "running"], ["unknown", "running"], None),
     ],

@@ -212,6 +212,15 @@ def test_archives_that_do_not_count_are_told_once(
     assert levels(log, "archives on bak: problem resolved") == ["INFO"]
 
 
+def test_node_without_backups_has_none_to_ask_for(
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+) -> None:
+    node.storages = [lab.Storage("local", "iso"), lab.Storage("pbs", plugintype="pbs")]
+    node.resources_age_seconds = 31
+    assert storages(collect(node, "backups")) == {"local": "available", "pbs": "available"}
+    assert messages(log) == []
+
+
 @pytest.mark.parametrize("age", [30, 31, 121, -1])
 def test_storages_are_asked_only_while_the_list_is_new(
     node: lab.SimulatedNode, log: pytest.LogCaptureFixture, age: int
@@ -402,9 +411,13 @@ def test_tasks_of_the_last_day_are_asked_for(node: lab.SimulatedNode) -> None:
 
 
 def test_tasks_that_cannot_be_read_cost_a_warning(
-    node: lab.SimulatedNode, log: pytest.LogCaptureFixture
+    node: lab.SimulatedNode, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node.script("/nodes/pve1/tasks", lab.Reply(500, "no"))
-    assert collect(node, "tasks").audit_tail == ()
+    """One, though each cycle asks for the tasks since another time."""
+    node.script("/nodes/pve1/tasks", lab.Forever(lab.Reply(500, "no")))
+    collector = make_collector(node, extras=["tasks"])
+    for now in (1_795_485_603, 1_795_486_503):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        assert collector.collect().audit_tail == ()
     (warning,) = warnings(log)
-    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks?")
+    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks?source=archive&limit=")

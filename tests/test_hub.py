@@ -118,7 +118,7 @@ def test_error_status_is_told_with_reason_and_what_helps(
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        *(("0", 0), ("007", 7), ("3600", 3600), ("3601", 3600), ("1" + "0" * 17, 3600)),
+        *(("0", 0), ("007", 7), ("3600", 3600), ("3601", 3600), ("1" + "0" * 17, 3600), ("9 ", 9)),
         *((value, None) for value in ("", "-1", "1.5", "12 h", "9" * 5000, "٣")),
         ("Fri, 31 Dec 9999 23:59:59 GMT", None),
     ],
