@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import http.client
 import re
 import select
 import signal
@@ -152,6 +153,26 @@ def test_alarm_from_elsewhere_is_none(plain_node: lab.SimulatedNode) -> None:
     """Somebody else's, or one that was on its way when its request ended."""
     assert read_status(plain_node)
     signal.raise_signal(signal.SIGALRM)
+
+
+def test_request_that_was_interrupted_is_not_sent_with_the_next_one(
+    plain_node: lab.SimulatedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the alarm had come when http.client had put the headers together."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise TimeoutError("timed out")
+
+    client = agent.ProxmoxClient(proxmox_config(plain_node))
+    with monkeypatch.context() as patch:
+        patch.setattr(http.client.HTTPConnection, "endheaders", interrupt)
+        with pytest.raises(agent.RequestTimeout):
+            client.node_status()
+    for _ in range(2):
+        with client.session(time.monotonic() + 60):
+            assert client.node_status()
+    first, second = plain_node.requests
+    assert first.headers == second.headers
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
