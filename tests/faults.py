@@ -140,7 +140,7 @@ HEADERS: Final = b"Location: /?@SECRET@\r\nRetry-After: @SECRET@\r\n"
 FAULTS: Final = (
     *(Fault(f"closed {where}", data) for where, data in STOPS.items()),
     *(Fault(f"reset {where}", data, "reset") for where, data in STOPS.items()),
-    Fault("silent before the status line", b"", "silence"),
+    # Of silence at other moments see the time limits in test_http.py.
     Fault("silent inside the body", STOPS["inside the body"], "silence"),
     *(
         Fault(
