@@ -1617,7 +1617,7 @@ class ProxmoxClient(Client):
         `pvesh get /nodes/NODE/tasks --source archive --since SECONDS --limit 50`; pveproxy answers
         it itself.
         """
-        query = f"source=archive&limit={MAX_TASKS}&since={since}"
+        query = f"source=archive&since={since}&limit={MAX_TASKS}"
         return self.get(f"/nodes/{self.node}/tasks?{query}", list)
 
 

@@ -420,4 +420,4 @@ def test_tasks_that_cannot_be_read_cost_a_warning(
         monkeypatch.setattr(time, "time", lambda now=now: now)
         assert collector.collect().audit_tail == ()
     (warning,) = warnings(log)
-    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks?source=archive&limit=")
+    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks?source=archive: 500 ")
