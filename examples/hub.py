@@ -391,9 +391,10 @@ HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content='width=device-width, initial-scale=1'><style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; background: canvas }
 h1, h2 { margin: 0; font-size: 1.3rem } h2 b { float: right } a { color: inherit }
-main { columns: 22rem; margin-top: 1rem } b { unicode-bidi: isolate }
+main { columns: 22rem; margin-top: 1rem } b { unicode-bidi: isolate; text-align: right }
 article { break-inside: avoid; overflow-wrap: anywhere; margin-bottom: 1rem; padding: 1rem;
-  border: 1px solid #8888 }
+  border: 1px solid #8888; border-radius: 6px } summary { margin-top: .5rem }
+div { display: flex; justify-content: space-between; gap: 1rem; border-top: 1px solid #8883 }
 b { color: light-dark(#8a5a00, #e3a92b) } .on-time h2 b { color: light-dark(#1a7f37, #4cc265) }
 .overdue { border-color: #c4161c } .overdue, .overdue b { color: light-dark(#57606a, #9aa5b1) }
 .overdue h2, .overdue h2 b { color: light-dark(#c4161c, #ff7b72) }
