@@ -120,7 +120,8 @@ def sanitize(text: str, max_length: int = 300) -> str:
     for secret in sorted(SECRETS, key=len, reverse=True):
         text = text.replace(secret, "***")
     # What is not printable could forge a line, or drive a terminal.
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     if len(text) > max_length:
         text = text[: max_length - 1] + "…"
     return text
