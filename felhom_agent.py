@@ -233,7 +233,9 @@ def is_base_url(url: str) -> bool:
 
 
 def is_root_url(url: str) -> bool:
-    return is_base_url(url) and urllib.parse.urlsplit(url).path in ("", "/")
+    if not is_base_url(url):
+        return False
+    return urllib.parse.urlsplit(url).path in ("", "/")
 
 
 def is_loopback(host: str | None) -> bool:
@@ -479,15 +481,16 @@ def choose_value(
 ) -> object:
     """Return a setting's value: from the environment, else from the file, else the default."""
     text = environ.get(variable, "")
-    if text and isinstance(default, str):
-        return text
-    if text and isinstance(default, tuple):
-        return tuple(word.strip() for word in text.split(","))
     if text:
+        if isinstance(default, str):
+            return text
+        if isinstance(default, tuple):
+            return tuple(word.strip() for word in text.split(","))
         try:
             return int(text)
         except ValueError:
             LOG.warning("config: %s is not an integer and is ignored", variable)
+
     # As in the example, an empty string stands for the default.
     if in_file == "":
         return default
