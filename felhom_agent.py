@@ -1019,6 +1019,11 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
+#
+# Client.request limits the time of Client._exchange.  That calls open_response of the Proxmox or of
+# the hub client, which sends the request through a Connection: for Proxmox one that is kept, for
+# the hub one that urllib.request makes.  http.client's request() calls our send(), and that calls
+# connect() first; for a hub behind a proxy, urllib.request has called set_tunnel() before.
 
 # What to do, by cause or by HTTP status: for both servers, for Proxmox, for the hub.  Each client
 # fills in the words in braces.
@@ -1347,6 +1352,11 @@ def parse_retry_after(text: str) -> int | None:
     return min(int(text), MAX_POLL_SECONDS)
 
 
+def describe_request(method: str, path: str) -> str:
+    """Return method and path without a time, so that the same problem remains the same message."""
+    return f"{method} {path.partition('&since=')[0]}"
+
+
 def milliseconds_since(start: float) -> float:
     return (time.monotonic() - start) * 1000
 
@@ -1393,8 +1403,7 @@ class Client:
 
     def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Send a request and return the reply.  Raises TransportError or HTTPError."""
-        # Without what changes in each cycle: the same problem must remain the same message.
-        operation = f"{method} {path.partition('&since=')[0]}"
+        operation = describe_request(method, path)
         start = time.monotonic()
         seconds = min(self.timeout_seconds, self._deadline - start)
         if seconds <= 0:
@@ -1552,7 +1561,8 @@ class ProxmoxClient(Client):
         """Return a response's `data`, a list or dict as expected.  Raises AgentError."""
         data = self.request("GET", path).get("data")
         if not isinstance(data, expected):
-            raise self.unusable(f"GET {path}", f"data is {type(data).__name__}")
+            operation = describe_request("GET", path)
+            raise self.unusable(operation, f"data is {type(data).__name__}")
         return data
 
     def version(self) -> str | None:
@@ -1723,7 +1733,13 @@ def find_unmeasured(guests: Entries) -> str:
 
 
 class Collector:
-    """Reads the node once and builds the report."""
+    """Reads the node once and builds the report.
+
+    If the list or the node's status cannot be read, or a list is empty and the token may be the
+    reason, there is no report.  A guest whose configuration fails, and a storage whose backups
+    fail, is unknown.  Figures that are old or invalid are None.  Tasks that fail are left out.  A
+    check of the token that fails is a warning.  Each of these is logged.
+    """
 
     def __init__(
         self,
@@ -1901,8 +1917,9 @@ class Collector:
             uptime = get_int(node_status, "uptime")
             if uptime is not None and uptime < BOOT_SECONDS:
                 raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
-            problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
-            if not is_fresh:
+            if is_fresh:
+                problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
+            else:
                 problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so "
                 problem += f"all guests are unknown; {hint}"
         self._warn.update("pvestatd", problem)
