@@ -1989,7 +1989,7 @@ class Collector:
     ) -> tuple[list[StorageTarget], list[Backup]]:
         """Return the storages and, if these are on, the newest backups on them."""
         reads_backups = "backups" in self.proxmox.extras
-        pause = self._find_pause(entries, age)
+        pause = self._update_pause(entries, age)
         storages = []
         backups: list[Backup] = []
         for entry in entries:
@@ -1999,7 +1999,7 @@ class Collector:
                 if not pause:
                     topic = f"storage {storage.storage}"
                     newest = self._attempt(topic, self._read_backups, storage.storage)
-                    pause = self._find_pause(entries, age)
+                    pause = self._update_pause(entries, age)
                 if newest is None:
                     # An available storage without backups would claim that there are none.
                     storage = build_storage(entry, is_fresh=False)
@@ -2014,8 +2014,8 @@ class Collector:
             self._warn.update("backups", pause)
         return storages, sorted(backups, key=lambda item: (item.vmid, item.type, item.storage))
 
-    def _find_pause(self, entries: Entries, age: int | None) -> str:
-        """Return why no storage is to be asked for its backups, or an empty string.
+    def _update_pause(self, entries: Entries, age: int | None) -> str:
+        """Return why no storage is to be asked for its backups now, or an empty string.
 
         pvedaemon has three workers, and each request to a storage that hangs blocks one for good.
         As long as none is asked, each storage that holds backups is reported as unknown.
