@@ -16,6 +16,7 @@ the report, `HubClient.report` sends it.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -1022,8 +1023,8 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
 #
 # Client.request limits the time of Client._exchange.  That calls open_response of the Proxmox or of
 # the hub client, which sends the request through a Connection: for Proxmox one that is kept, for
-# the hub one that urllib.request makes.  http.client's request() calls our send(), and that calls
-# connect() first; for a hub behind a proxy, urllib.request has called set_tunnel() before.
+# the hub one that urllib.request uses.  http.client's request() calls our send(), and that calls
+# connect() first.
 
 # What to do, by cause or by HTTP status: for both servers, for Proxmox, for the hub.  Each client
 # fills in the words in braces.
@@ -1104,7 +1105,11 @@ WRONG_NAME_CODES: Final = (62, 64)
 UNKNOWN_CA_CODES: Final = (2, 18, 19, 20, 21)
 
 
-class ConnectError(OSError):
+class TimeLimitExceeded(Exception):
+    """A request takes too long.  Not an OSError: the standard library catches those."""
+
+
+class ConnectError(Exception):
     """Connecting failed; `cause` is a key of the hints."""
 
     def __init__(self, cause: str, message: str) -> None:
@@ -1116,6 +1121,8 @@ def find_cause(exc: Exception) -> str:
     """Return why a request got no response, as a key of the hints."""
     if isinstance(exc, ConnectError):
         return exc.cause
+    if isinstance(exc, TimeLimitExceeded | TimeoutError):
+        return "timeout"
     if isinstance(exc, ssl.SSLCertVerificationError):
         if exc.verify_code in WRONG_NAME_CODES:
             return "wrong name"
@@ -1128,8 +1135,6 @@ def find_cause(exc: Exception) -> str:
         return "unknown host"
     if isinstance(exc, ConnectionRefusedError):
         return "refused"
-    if isinstance(exc, TimeoutError):
-        return "timeout"
     if is_not_http(exc):
         return "not HTTP"
     if isinstance(exc, ValueError):
@@ -1138,22 +1143,57 @@ def find_cause(exc: Exception) -> str:
     return "no response"
 
 
+def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
+    """Return call(*arguments), or raise TimeLimitExceeded in the middle of it after `seconds`.
+
+    A socket's own time-out bounds a single read, so a server that sends a byte now and then could
+    go on for ever.  SIGALRM interrupts whatever blocks: connecting, the TLS handshake, sending,
+    reading.  The exception comes out of that call.  Only the lookup of a name is not interrupted;
+    there it comes out when the lookup has ended.
+
+    It works in the main thread only, which is the only one here.  The alarm repeats each second,
+    because Python drops an exception that is raised while a finalizer runs.
+    """
+    # Python runs a signal's handler when a call ends.  The last call here switches the timer off,
+    # and then the handler raises nothing.  Leaving a `with` block would be one call more.
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+        return call(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def handle_alarm(*_: object) -> None:
+    # With the timer off, somebody else has sent the signal, or the call had just ended.
+    if signal.getitimer(signal.ITIMER_REAL) != (0, 0):
+        raise TimeLimitExceeded("timed out")
+
+
 def open_socket(host: str, port: int) -> socket.socket:
     """Connect to the first address of a server that answers.
 
     Each address has CONNECT_SECONDS, so that one that swallows packets leaves time for the next.
     """
-    try:
-        sock = socket.create_connection((host, port), CONNECT_SECONDS, all_errors=True)
-    except ExceptionGroup as group:
-        errors = list(group.exceptions)
-    else:
-        # From here on, limit_time alone decides: a slow TLS handshake may take longer.
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+    errors: list[OSError] = []
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, address in addresses:
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect(address)
+            # From here on, limit_time alone decides: a slow TLS handshake may take longer.
+            sock.settimeout(None)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except (OSError, TimeLimitExceeded) as exc:
+            if sock is not None:
+                sock.close()
+            if isinstance(exc, TimeLimitExceeded):
+                raise ConnectError("connect timeout", "connection timed out") from None
+            errors.append(exc)
 
-    # One error for each address.  A refusal or a time-out says more than "Network is unreachable".
+    # A refusal or a time-out says more than "Network is unreachable".
     for error in errors:
         if isinstance(error, TimeoutError):
             raise ConnectError("connect timeout", "connection timed out")
@@ -1187,75 +1227,69 @@ class TLSConnection(Connection):
 
     default_port = 443
 
-    def __init__(self, host: str, *, context: ssl.SSLContext) -> None:
-        super().__init__(host)
+    def __init__(self, address: str, *, context: ssl.SSLContext, proxy: str = "") -> None:
+        """`proxy` is [user:password@]host:port, or empty."""
+        super().__init__(address)
         self._context = context
-        self._server_name = self.host
-        self._tunnel_request = b""
-
-    def set_tunnel(
-        self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Go through a proxy to this host[:port]; urllib.request calls this before it connects."""
-        address = host
-        if not re.search(r":[0-9]+$", host):
-            address = f"{host}:{self.default_port}"
-        # Not http.client's own tunnel: Python 3.11 sends no Host, which some proxies demand, and
-        # tells the proxy's status only in the text of an OSError.
-        lines = [f"CONNECT {address} HTTP/1.1", f"Host: {address}"]
-        for name, value in (headers or {}).items():
-            lines.append(f"{name}: {value}")
-        self._tunnel_request = "\r\n".join([*lines, "", ""]).encode()
-        self._server_name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        self._proxy = proxy
 
     def connect(self) -> None:
-        if self._tunnel_request:
-            self._connect_through_proxy()
+        if self._proxy:
+            self._open_tunnel()
         else:
             super().connect()
 
         try:
             # The handshake by itself: wrap_socket skips it if the connection was just reset.
             self.sock = self._context.wrap_socket(
-                self.sock, server_hostname=self._server_name, do_handshake_on_connect=False
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False
             )
             self.sock.do_handshake()
         except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
             problem = "connection closed or reset during the TLS handshake"
             raise ConnectError("handshake", problem) from None
 
-    def _connect_through_proxy(self) -> None:
+    def _open_tunnel(self) -> None:
+        """Ask the proxy to connect to the server.  Until TLS stands, it is sent nothing else."""
+        login, _, address = self._proxy.rpartition("@")
+        proxy = urllib.parse.urlsplit(f"//{address}")
+        host = self.host
+        if ":" in host:
+            host = f"[{host}]"
+
+        # Not http.client's own tunnel: Python 3.11 sends no Host, which some proxies demand, and
+        # tells the proxy's status only in the text of an OSError.
+        lines = [f"CONNECT {host}:{self.port} HTTP/1.1", f"Host: {host}:{self.port}"]
+        if login:
+            credentials = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+            lines.append(f"Proxy-Authorization: Basic {credentials}")
         try:
-            super().connect()
-            self.sock.sendall(self._tunnel_request)
+            self.sock = open_socket(str(proxy.hostname), int(proxy.port or 0))
+            self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
             # Leaving this block closes the response, not the socket, which is the tunnel.
             with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
                 response.begin()
-                status, reason = response.status, response.reason
-        except TimeoutError:
-            # The whole request has taken too long.
-            raise
-        except (OSError, http.client.HTTPException) as exc:
+        except (ConnectError, OSError, http.client.HTTPException) as exc:
             raise ConnectError("proxy", describe(exc)) from None
 
-        problem = f"the proxy answers {status} {reason}"
-        if status in (401, 407):
+        problem = f"the proxy answers {response.status} {response.reason}"
+        if response.status in (401, 407):
             raise ConnectError("proxy login", problem)
-        if status >= 500:
+        if response.status >= 500:
             raise ConnectError("behind the proxy", problem)
-        if not 200 <= status < 300:
+        if not 200 <= response.status < 300:
             raise ConnectError("proxy", problem)
 
 
 class PinnedConnection(TLSConnection):
     """Accepts exactly one certificate, and sends nothing before it has seen that one."""
 
-    def __init__(self, host: str, context: ssl.SSLContext, fingerprint: str) -> None:
-        # The fingerprint replaces the check of chain and host name.  No other client uses this
-        # context.
+    def __init__(self, address: str, fingerprint: str) -> None:
+        context = new_tls_context()
+        # The fingerprint replaces the check of chain and host name.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        super().__init__(host, context=context)
+        super().__init__(address, context=context)
         self._fingerprint = fingerprint.replace(":", "").lower()
 
     def connect(self) -> None:
@@ -1266,13 +1300,19 @@ class PinnedConnection(TLSConnection):
             raise ConnectError("pin", f"its certificate has the SHA-256 {fingerprint.upper()}")
 
 
+def new_tls_context() -> ssl.SSLContext:
+    """Return a context that checks chain and host name, but does not know any CA yet."""
+    # Not ssl.create_default_context, which reads SSLKEYLOGFILE, and on Python 3.13 sets
+    # VERIFY_X509_STRICT, which most CAs that Proxmox made before March 2026 fail.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
 def build_tls_context(section: str, ca_file: str) -> ssl.SSLContext:
-    """Return a context that checks chain and host name.  Raises ConfigError."""
+    """Return a context with the CAs of a file, or of the system.  Raises ConfigError."""
     try:
-        # Not ssl.create_default_context, which reads SSLKEYLOGFILE, and on Python 3.13 sets
-        # VERIFY_X509_STRICT, which most CAs that Proxmox made before March 2026 fail.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context = new_tls_context()
         if not ca_file:
             context.load_default_certs()
             return context
@@ -1288,33 +1328,6 @@ def build_tls_context(section: str, ca_file: str) -> ssl.SSLContext:
             problem += "; check systemctl status pve-cluster, which provides this folder"
         raise ConfigError(f"config: {section}.ca_file: {problem}") from None
     return context
-
-
-def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
-    """Return call(*arguments), or raise TimeoutError in the middle of it after `seconds`.
-
-    A socket's own time-out bounds a single read, so a server that sends a byte now and then could
-    go on for ever.  SIGALRM interrupts whatever blocks: connecting, the TLS handshake, sending,
-    reading.  The exception comes out of that call.  Only the lookup of a name is not interrupted;
-    there it comes out when the lookup has ended.
-
-    It works in the main thread only, which is the only one here.  The alarm repeats each second,
-    because one exception can be lost: Python drops it if a finalizer is running, and
-    create_connection goes on to the next address.
-    """
-    # Python runs a signal's handler when a call returns.  So `finally` switches the timer off
-    # before the handler can run again; the __exit__ of a context manager would be a call itself.
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-        return call(*arguments)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def raise_timeout(*_: object) -> None:
-    # With the timer off, somebody else has sent the signal, or the call had just ended.
-    if signal.getitimer(signal.ITIMER_REAL) != (0, 0):
-        raise TimeoutError("timed out")
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
@@ -1353,12 +1366,8 @@ def parse_retry_after(text: str) -> int | None:
 
 
 def describe_request(method: str, path: str) -> str:
-    """Return method and path without a time, so that the same problem remains the same message."""
-    return f"{method} {path.partition('&since=')[0]}"
-
-
-def milliseconds_since(start: float) -> float:
-    return (time.monotonic() - start) * 1000
+    """Return method and path for messages, without the query, which would often differ."""
+    return f"{method} {path.partition('?')[0]}"
 
 
 class Client:
@@ -1377,6 +1386,8 @@ class Client:
         self.address = urllib.parse.urlsplit(config.url).netloc
         self.timeout_seconds = config.timeout_seconds
         self.context = build_tls_context(self.section, config.ca_file)
+        # To the hub only
+        self.proxy = ""
         self.logger = logger
         self._has_ca_file = bool(config.ca_file)
         # What stands for the words in braces
@@ -1385,7 +1396,13 @@ class Client:
         # Until when a request may last at most, by time.monotonic
         self._deadline = math.inf
         # For limit_time
-        signal.signal(signal.SIGALRM, raise_timeout)
+        signal.signal(signal.SIGALRM, handle_alarm)
+
+    def new_connection(self) -> Connection:
+        if self.url.startswith("http:"):
+            # For a loopback address alone, see load_config.
+            return Connection(self.address)
+        return TLSConnection(self.address, context=self.context, proxy=self.proxy)
 
     def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response with its body unread."""
@@ -1412,28 +1429,29 @@ class Client:
         try:
             response, content = limit_time(seconds, self._exchange, method, path, body)
         except Exception as exc:
-            self.logger.debug("%s: no response, %.0f ms", operation, milliseconds_since(start))
+            milliseconds = (time.monotonic() - start) * 1000
+            self.logger.debug("%s: no response, %.0f ms", operation, milliseconds)
             self.close()
             # "from None", because the original exception may quote what the server sent.
             # A bug would end here, too: it costs this request, not the heartbeat.
             raise self._transport_error(operation, path, exc) from None
-        status = response.status
-        self.logger.debug("%s: %d, %.0f ms", operation, status, milliseconds_since(start))
 
-        if not 200 <= status < 300:
+        milliseconds = (time.monotonic() - start) * 1000
+        self.logger.debug("%s: %d, %.0f ms", operation, response.status, milliseconds)
+        if not 200 <= response.status < 300:
             # Its body is still to come on the connection.
             self.close()
             raise self._http_error(operation, path, response)
 
         try:
-            return parse_reply(content, status)
+            return parse_reply(content, response.status)
         except (ValueError, RecursionError) as exc:
             self.close()
             problem = str(exc)
             encoding = response.headers.get("Content-Encoding")
             if encoding:
                 problem = f"compressed by {encoding}"
-            raise self.unusable(operation, problem, status) from None
+            raise self.unusable(operation, problem, response.status) from None
 
     def _exchange(
         self, method: str, path: str, body: bytes | None
@@ -1458,11 +1476,15 @@ class Client:
         # urllib.request wraps the error that says what happened.
         if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
             exc = exc.reason
+        address = self.address
+        if self.proxy:
+            address += f" through the proxy {self.proxy.rpartition('@')[2]}"
+
         cause = find_cause(exc)
-        problem = f"{self.address}: {sanitize(describe(exc))}; {self.hint(cause, path)}"
+        message = f"{operation}: {address}: {sanitize(describe(exc))}; {self.hint(cause, path)}"
         if cause == "timeout":
-            return RequestTimeout(f"{operation}: {problem}")
-        return TransportError(f"{operation}: {problem}")
+            return RequestTimeout(message)
+        return TransportError(message)
 
     def _http_error(
         self, operation: str, path: str, response: http.client.HTTPResponse
@@ -1503,18 +1525,14 @@ class ProxmoxClient(Client):
 
         SECRETS.update({config.token_secret} - {""})
         self._headers = {"Authorization": f"PVEAPIToken={config.token_id}={config.token_secret}"}
-        self._is_plain = config.url.startswith("http:")
         self._fingerprint = config.fingerprint
         # Kept, because a TLS handshake takes six times as long as a call
         self._connection: Connection | None = None
 
-    def _new_connection(self) -> Connection:
-        if self._is_plain:
-            # For a loopback address alone, see load_config.
-            return Connection(self.address)
+    def new_connection(self) -> Connection:
         if self._fingerprint:
-            return PinnedConnection(self.address, self.context, self._fingerprint)
-        return TLSConnection(self.address, context=self.context)
+            return PinnedConnection(self.address, self._fingerprint)
+        return super().new_connection()
 
     @contextlib.contextmanager
     def session(self, deadline: float) -> Iterator[None]:
@@ -1534,7 +1552,7 @@ class ProxmoxClient(Client):
                 return self._send(self._connection, method, path, body)
             except (ConnectionError, ssl.SSLError):
                 self.close()
-        self._connection = self._new_connection()
+        self._connection = self.new_connection()
         return self._send(self._connection, method, path, body)
 
     def _send(
@@ -2075,36 +2093,33 @@ def holds_backups(entry: Mapping[str, object]) -> bool:
 
 
 class HubHandler(urllib.request.AbstractHTTPHandler):
-    """Lets urllib.request open our own connections."""
+    """Lets urllib.request send requests through our own connections."""
 
-    # It adds Host and Content-Length.
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, new_connection: Callable[[], Connection]) -> None:
         super().__init__()
-        self.context = context
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        # For a loopback address alone, see load_config.  Instead of urllib's time-out, which is
-        # dropped here and below, limit_time holds.
-        return self.do_open(lambda host, **_: Connection(host), req)
+        self._new_connection = new_connection
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(lambda host, **_: TLSConnection(host, context=self.context), req)
+        # urllib.request would also pass the host, and a time-out of its own.
+        return self.do_open(lambda *_, **__: self._new_connection(), req)
+
+    # urllib.request finds all four by their names.  do_request_ adds Host and Content-Length.
+    http_open = https_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 def find_proxy(address: str) -> str:
-    """Return the URL of the proxy to the hub, or an empty string.  Raises ConfigError."""
+    """Return the proxy to the hub, [user:password@]host:port, or "".  Raises ConfigError."""
     url = urllib.request.getproxies().get("https", "")
     host = urllib.parse.urlsplit(f"//{address}").hostname
     if not url or is_loopback(host) or urllib.request.proxy_bypass(address):
         return ""
     # TLSConnection speaks to no others, so that the proxy's password goes nowhere else.
-    match = re.fullmatch(r"http://([^@/:\s]+:[^@/\s]+@)?([^@/\s]+:[0-9]+)/?", url)
-    if match is None or not is_root_url(f"http://{match[2]}"):
+    match = re.fullmatch(r"http://(([^@/:\s]+:[^@/\s]+@)?([^@/\s]+:[0-9]+))/?", url)
+    if match is None or not is_root_url(f"http://{match[3]}"):
         expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
         raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
-    return url
+    return match[1]
 
 
 class HubClient(Client):
@@ -2117,6 +2132,7 @@ class HubClient(Client):
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger = LOG) -> None:
         super().__init__(config, logger)
+        self.proxy = find_proxy(self.address)
         self._warn = WarnOnce(logger)
         SECRETS.update({config.api_key} - {""})
         self._headers = {
@@ -2127,12 +2143,7 @@ class HubClient(Client):
         }
         # Not build_opener: that would follow redirects.  This one returns every response as it is.
         self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(HubHandler(self.context))
-        proxy = find_proxy(self.address)
-        if proxy:
-            # It calls set_tunnel, with Proxy-Authorization among the headers.
-            self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
-            self.address += f" through the proxy {proxy.rpartition('@')[2].removeprefix('http://')}"
+        self._opener.add_handler(HubHandler(self.new_connection))
 
     def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
         request = urllib.request.Request(self.url + path, body, self._headers, method=method)

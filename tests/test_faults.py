@@ -146,7 +146,7 @@ def test_fault_in_what_only_serves_advice_costs_a_warning(
     """What the token may do cannot be read, but the list holds guests."""
     assert run_with_fault(healthy_agent, log, fault, "permissions") == (None, healthy_agent.usual)
     (warning,) = [text for level, text in messages(log) if level == "WARNING"]
-    assert warning.startswith("the token could not be checked: GET /access/permissions?path=")
+    assert warning.startswith("the token could not be checked: GET /access/permissions: ")
 
 
 # Of 403 see test_collector.py.

@@ -574,6 +574,16 @@ def test_every_address_has_its_own_time(
 
 
 @both_clients
+def test_time_limit_covers_all_addresses(resolve: Addresses, request_to: Request) -> None:
+    began = time.monotonic()
+    with lab.black_hole() as port:
+        resolve["pve1.example.lan"] = [address(port)] * 20
+        with pytest.raises(agent.TransportError, match="timed out"):
+            request_to(url="https://pve1.example.lan", timeout_seconds=SOON)
+    assert time.monotonic() - began < HANG_SECONDS
+
+
+@both_clients
 def test_handshake_may_take_longer_than_connecting(
     certificates: lab.Certificates, request_to: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
