@@ -1658,7 +1658,7 @@ class ProxmoxClient(Client):
 
 class CloudflaredProber(Protocol):
     def probe(self) -> str:
-        """Return the unit's state, or raise any exception."""
+        """Return the unit's state.  Raises AgentError."""
 
 
 class SystemctlProber:
@@ -1668,16 +1668,20 @@ class SystemctlProber:
         self.unit = unit
 
     def probe(self) -> str:
-        """Ask `systemctl is-active UNIT`.  Raises AgentError, OSError or TimeoutExpired."""
+        """Ask `systemctl is-active UNIT`.  Raises AgentError."""
         command = ["systemctl", "is-active", "--", self.unit]
-        done = subprocess.run(
-            command,
-            # No secret from our environment reaches the child.
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=SYSTEMCTL_SECONDS,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                # No secret from our environment reaches the child.
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=SYSTEMCTL_SECONDS,
+            )
+        except (OSError, subprocess.SubprocessError) as exc:
+            raise AgentError(f"{' '.join(command)}: {sanitize(describe(exc))}") from None
+
         # The exit status does not decide: it is not 0 for most states.
         state = done.stdout.decode(errors="replace").strip()
         if not re.fullmatch("[a-z-]{2,20}", state):
@@ -1707,9 +1711,9 @@ def notify_status(summary: str) -> None:
 
 # Where the configuration has a guest's name
 CONFIG_NAME: Final = {"lxc": "hostname", "qemu": "name"}
-# No guest and no storage has this name.  What the token may do there it has inherited, so it may do
-# it at every guest or storage without an entry of its own in the ACL.  An entry that hides a single
-# guest is not noticed: Proxmox shows it nowhere.
+# No guest and no storage has this ID.  So what the token may do there is what it inherits: it may
+# do the same at each guest or storage for which the ACL has no entry of its own.  An entry that
+# hides a single guest is not noticed: Proxmox shows it nowhere.
 NO_SUCH_ID: Final = "999999999"
 
 
@@ -1750,6 +1754,14 @@ def find_unmeasured(guests: Entries) -> str:
     return " and ".join(kinds)
 
 
+def holds_backups(entry: Mapping[str, object]) -> bool:
+    """Return whether a storage may be asked; a Proxmox Backup Server has its own API and tokens."""
+    if not get_text(entry, "storage") or entry.get("plugintype") == "pbs":
+        return False
+    content = get_text(entry, "content") or ""
+    return "backup" in content.split(",")
+
+
 class Collector:
     """Reads the node once and builds the report.
 
@@ -1772,28 +1784,24 @@ class Collector:
         self.cloudflared = cloudflared
         self.host_id = host_id
         self.agent_version = agent_version
-        # Virtual machines that the last report leaves out, because `qemu` is not among the extras
-        self.unreported_machines = 0
         self._logger = logger
         self._warn = WarnOnce(logger)
         # The storage that did not answer in time, and when storages may be asked again
         self._hung_storage = ""
         self._pause_end = 0.0
 
-        # Types of entries in /cluster/resources
         self._guest_types = ["lxc"]
         if "qemu" in proxmox.extras:
             self._guest_types.append("qemu")
-        self._storage_types: list[str] = []
-        if not proxmox.extras.isdisjoint({"storage", "backups"}):
-            self._storage_types.append("storage")
+        self._reads_backups = "backups" in proxmox.extras
+        self._reads_storages = self._reads_backups or "storage" in proxmox.extras
 
-    def collect(self, *, check_all_paths: bool = False) -> HostReport:
+    def collect(self, *, is_selftest: bool = False) -> HostReport:
         """Return the report.
 
-        `check_all_paths` looks for the token's excess privileges on all paths, not only on those
-        that the agent reads.  Raises AgentError if the list or the node's status cannot be read,
-        if a list is empty and the token may be the reason, or if the node has just booted.
+        A self-test also looks for excess privileges on paths that the agent does not read, and says
+        which guests are not reported.  Raises AgentError if the list or the node's status cannot be
+        read, if a list is empty and the token may be the reason, or if the node has just booted.
         """
         seconds = COLLECT_TIMEOUT_FACTOR * self.proxmox.timeout_seconds
         with self.proxmox.session(time.monotonic() + seconds):
@@ -1803,9 +1811,13 @@ class Collector:
             entries = [entry for entry in cluster if entry.get("node") == self.proxmox.node]
             node_entry = select(entries, "node")[0]
             guest_entries = select(entries, *self._guest_types)
-            storage_entries = select(entries, *self._storage_types)
-            self._check_token(guest_entries, storage_entries, check_all_paths)
+            storage_entries: Entries = []
+            if self._reads_storages:
+                storage_entries = select(entries, "storage")
+            self._check_token(guest_entries, storage_entries, all_paths=is_selftest)
             self._check_rename(cluster, entries)
+            if is_selftest:
+                self._log_unreported(entries)
 
             age = get_list_age(node_status, node_entry)
             is_fresh = self._check_age(age, node_status, node_entry, guest_entries)
@@ -1817,8 +1829,6 @@ class Collector:
             audit_tail = self._read_tasks()
 
         unit_state = self._attempt("cloudflared.status", self.cloudflared.probe)
-        machines = select(entries, "qemu")
-        self.unreported_machines = len(machines) - len(select(guest_entries, "qemu"))
         return HostReport(
             host_id=self.host_id,
             agent_version=self.agent_version,
@@ -1836,39 +1846,39 @@ class Collector:
         try:
             value = read(*arguments)
         except Exception as exc:
-            self._warn.update(topic, f"{topic} is unknown: {sanitize(describe(exc), 1000)}")
+            problem = f"{topic} is unknown: {describe_failure(exc)}"
+            self._warn.update(topic, problem, traceback=not isinstance(exc, AgentError))
             return None
         self._warn.resolve(topic)
         return value
 
-    def _check_token(self, guests: Entries, storages: Entries, check_all_paths: bool) -> None:
+    def _check_token(self, guests: Entries, storages: Entries, *, all_paths: bool) -> None:
         """Warn if the token may see too little, or can do more than read.
 
         Raises AgentError if a list is empty and the token may be the reason.
         """
-        needed = [("VM.Audit", "/vms", guests)]
-        if self._storage_types:
-            needed.append(("Datastore.Audit", "/storage", storages))
-
+        on_guests: set[str] = set()
+        on_storages: set[str] = set()
         try:
-            privileges = {}
-            for _, area, _ in needed:
-                privileges[area] = self.proxmox.privileges(f"{area}/{NO_SUCH_ID}")
+            on_guests = self.proxmox.privileges(f"/vms/{NO_SUCH_ID}")
+            if self._reads_storages:
+                on_storages = self.proxmox.privileges(f"/storage/{NO_SUCH_ID}")
             # Sys.Audit is not checked: without it, reading the status would have failed.
-            privileges["node"] = self.proxmox.privileges(f"/nodes/{self.proxmox.node}")
-            if check_all_paths:
-                privileges["all"] = self.proxmox.privileges()
+            others = self.proxmox.privileges(f"/nodes/{self.proxmox.node}")
+            if all_paths:
+                others |= self.proxmox.privileges()
         except AgentError as exc:
             # This serves only warnings, unless an empty list has to be explained.
-            if not all(entries for _, _, entries in needed):
+            if not guests or (self._reads_storages and not storages):
                 raise
             self._warn.update("token", f"the token could not be checked: {exc}")
             return
 
         self._warn.resolve("token")
-        for privilege, area, entries in needed:
-            self._check_view(privilege, area, privileges[area], entries)
-        self._check_excess(set().union(*privileges.values()))
+        self._check_view("VM.Audit", "/vms", on_guests, guests)
+        if self._reads_storages:
+            self._check_view("Datastore.Audit", "/storage", on_storages, storages)
+        self._check_excess(on_guests | on_storages | others)
 
     def _check_view(
         self, privilege: str, area: str, privileges: set[str], entries: Entries
@@ -1913,6 +1923,13 @@ class Collector:
             )
         self._warn.update("renamed node", problem)
 
+    def _log_unreported(self, entries: Entries) -> None:
+        machines = select(entries, "qemu")
+        if machines and "qemu" not in self._guest_types:
+            are = "virtual machine is" if len(machines) == 1 else "virtual machines are"
+            text = "%d %s not reported; add qemu to proxmox.extras"
+            self._logger.info(text, len(machines), are)
+
     def _check_age(
         self, age: int | None, node_status: object, node_entry: object, guests: Entries
     ) -> bool:
@@ -1944,55 +1961,10 @@ class Collector:
         return is_fresh
 
     def _read_guests(self, entries: Entries, cpu_count: int | None, is_fresh: bool) -> list[Guest]:
-        """Read each guest's configuration.
+        """Read each guest, and warn once of all that fail, because they mostly have one cause."""
+        failures: list[AgentError] = []
+        guests = [self._read_guest(entry, cpu_count, is_fresh, failures) for entry in entries]
 
-        If that is refused, the list has what is needed.  If it fails, the guest is unknown.
-        """
-        guests = []
-        failures = []
-        for entry in entries:
-            guest_type = str(entry["type"])
-            listed_status = "unknown"
-            if is_fresh:
-                listed_status = get_text(entry, "status") or "unknown"
-
-            status, config, spec = "unknown", None, None
-            try:
-                config = self.proxmox.guest_config(get_vmid(entry), guest_type)
-                status = listed_status
-                spec = build_spec(config, guest_type, cpu_count)
-            except AgentError as exc:
-                self._logger.debug("%s", exc)
-                is_refused = isinstance(exc, HTTPError) and exc.status == 403
-                if listed_status == "unknown":
-                    # A new guest, or one that pvestatd's warning covers
-                    pass
-                elif is_refused:
-                    # A guest that is listed may be seen, so this is not about VM.Audit.  Proxmox VE
-                    # 9.1 refuses a configuration that holds a container's environment variables.
-                    status = listed_status
-                    spec = build_listed_spec(entry)
-                else:
-                    failures.append(exc)
-
-            details = None
-            if "details" in self.proxmox.extras:
-                is_running = status == "running"
-                details = build_details(entry, config, is_fresh=is_fresh, is_running=is_running)
-            # A new guest has its name only in its configuration.
-            name = get_text(entry, "name") or get_text(config, CONFIG_NAME[guest_type])
-            guests.append(
-                Guest(
-                    vmid=get_vmid(entry),
-                    type=guest_type,
-                    name=name or "",
-                    status=status,
-                    spec=spec,
-                    details=details,
-                )
-            )
-
-        # One warning for all, because they mostly have one cause.
         problem = ""
         if len(failures) == 1:
             problem = f"a guest's configuration cannot be read, so it is unknown: {failures[0]}"
@@ -2002,60 +1974,103 @@ class Collector:
         self._warn.update("guests", problem)
         return guests
 
+    def _read_guest(
+        self,
+        entry: Mapping[str, object],
+        cpu_count: int | None,
+        is_fresh: bool,
+        failures: list[AgentError],
+    ) -> Guest:
+        """Return a guest; if its configuration fails, it is unknown, and `failures` gets the error.
+
+        If that is only refused, the list has what is needed.
+        """
+        guest_type = str(entry["type"])
+        status = "unknown"
+        if is_fresh:
+            status = get_text(entry, "status") or "unknown"
+
+        config = None
+        spec = None
+        try:
+            config = self.proxmox.guest_config(get_vmid(entry), guest_type)
+            spec = build_spec(config, guest_type, cpu_count)
+        except AgentError as exc:
+            self._logger.debug("%s", exc)
+            if status == "unknown":
+                # A new guest, or one that pvestatd's warning covers
+                pass
+            elif isinstance(exc, HTTPError) and exc.status == 403:
+                # A guest that is listed may be seen, so this is not about VM.Audit.  Proxmox VE
+                # 9.1 refuses a configuration that holds a container's environment variables.
+                spec = build_listed_spec(entry)
+            else:
+                status = "unknown"
+                failures.append(exc)
+
+        details = None
+        if "details" in self.proxmox.extras:
+            details = build_details(
+                entry, config, is_fresh=is_fresh, is_running=status == "running"
+            )
+        # A new guest has its name only in its configuration.
+        name = get_text(entry, "name") or get_text(config, CONFIG_NAME[guest_type])
+        return Guest(
+            vmid=get_vmid(entry),
+            type=guest_type,
+            name=name or "",
+            status=status,
+            spec=spec,
+            details=details,
+        )
+
     def _read_storages(
         self, entries: Entries, age: int | None, is_fresh: bool
     ) -> tuple[list[StorageTarget], list[Backup]]:
-        """Return the storages and, if these are on, the newest backups on them."""
-        reads_backups = "backups" in self.proxmox.extras
-        pause = self._update_pause(entries, age)
+        """Return the storages and, if that extra is on, the newest backups on them."""
+        available = [entry.get("storage") for entry in entries if is_available(entry)]
+        if self._hung_storage not in available or time.monotonic() >= self._pause_end:
+            # Proxmox has noticed, or it may have been mended.
+            self._hung_storage = ""
+
         storages = []
         backups: list[Backup] = []
         for entry in entries:
             storage = build_storage(entry, is_fresh=is_fresh)
-            if reads_backups and holds_backups(entry) and storage.status == "available":
-                newest = None
-                if not pause:
-                    topic = f"storage {storage.storage}"
-                    newest = self._attempt(topic, self._read_backups, storage.storage)
-                    pause = self._update_pause(entries, age)
+            if self._reads_backups and holds_backups(entry) and storage.status == "available":
+                newest = self._read_backups(storage.storage, age)
                 if newest is None:
                     # An available storage without backups would claim that there are none.
                     storage = build_storage(entry, is_fresh=False)
                 else:
                     backups += newest
             storages.append(storage)
-
-        if not reads_backups or not any(holds_backups(entry) for entry in entries):
-            pause = ""
-        # Of an old list, _check_age warns.
-        if is_fresh:
-            self._warn.update("backups", pause)
         return storages, sorted(backups, key=lambda item: (item.vmid, item.type, item.storage))
 
-    def _update_pause(self, entries: Entries, age: int | None) -> str:
-        """Return why no storage is to be asked for its backups now, or an empty string.
+    def _read_backups(self, storage: str, age: int | None) -> list[Backup] | None:
+        """Return the newest backups on a storage, or None with a warning.
 
         pvedaemon has three workers, and each request to a storage that hangs blocks one for good.
-        As long as none is asked, each storage that holds backups is reported as unknown.
+        So after one that hung, and if the list is not quite new, no storage is asked.
         """
-        available = [entry.get("storage") for entry in entries if is_available(entry)]
-        if self._hung_storage not in available or time.monotonic() >= self._pause_end:
-            # Proxmox has noticed, or it may have been mended.
-            self._hung_storage = ""
+        problem = ""
         if self._hung_storage:
-            return (
+            problem = (
                 f"storage {self._hung_storage} did not answer in time, so no storage is asked for "
                 "its backups until Proxmox lists that one as not available, a day has passed, or "
                 "the agent is restarted; check pvesm status"
             )
-        if age is None or age > MAX_STORAGE_AGE_SECONDS:
-            return (
+        elif age is None or age > MAX_STORAGE_AGE_SECONDS:
+            problem = (
                 "no storage is asked for its backups, since pvestatd has measured none in the last "
                 f"{MAX_STORAGE_AGE_SECONDS} s"
             )
-        return ""
+        self._warn.update("backups", problem)
+        if problem:
+            return None
+        return self._attempt(f"storage {storage}", self._fetch_backups, storage)
 
-    def _read_backups(self, storage: str) -> list[Backup]:
+    def _fetch_backups(self, storage: str) -> list[Backup]:
         """Return the newest backups on a storage.  Raises AgentError."""
         try:
             archives = self.proxmox.archives(storage)
@@ -2079,14 +2094,6 @@ class Collector:
         # The contract has no way to say that the tasks are unknown; the warning does.
         tasks = self._attempt("audit_tail", self.proxmox.tasks, since)
         return build_audit_tail(tasks or ())
-
-
-def holds_backups(entry: Mapping[str, object]) -> bool:
-    """Return whether a storage may be asked; a Proxmox Backup Server has its own API and tokens."""
-    if not get_text(entry, "storage") or entry.get("plugintype") == "pbs":
-        return False
-    content = get_text(entry, "content") or ""
-    return "backup" in content.split(",")
 
 
 # ---- hub client ----------------------------------------------------------------------------------
@@ -2325,7 +2332,7 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
                 if "Sys.Audit" not in proxmox.privileges(f"/nodes/{proxmox.node}"):
                     text = "without Sys.Audit on /nodes/%s, its metrics and tasks cannot be read"
                     LOG.warning(text, proxmox.node)
-        report = collector.collect(check_all_paths=hub is None)
+        report = collector.collect(is_selftest=True)
         result["report"] = json.loads(report.to_json())
         if hub is not None:
             result["envelope"] = dataclasses.asdict(hub.report(report))
@@ -2342,10 +2349,6 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
                 # There need not be a hub section.
                 del document["host_id"]
         print(json.dumps(document, indent=2))
-    if collector.unreported_machines:
-        are = "virtual machine is" if collector.unreported_machines == 1 else "virtual machines are"
-        text = "%d %s not reported; add qemu to proxmox.extras"
-        LOG.info(text, collector.unreported_machines, are)
     if "error" in result:
         return 1
     LOG.info("%s", verdict)

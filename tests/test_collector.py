@@ -60,9 +60,9 @@ def levels(log: pytest.LogCaptureFixture, pattern: str) -> list[str]:
 def test_selftest_asks_for_all_privileges_and_nothing_else(node: lab.SimulatedNode) -> None:
     """What a cycle asks, with each extra, is in test_extras.py."""
     collector, paths = make_collector(node), []
-    for check_all_paths in (False, True):
+    for is_selftest in (False, True):
         node.requests.clear()
-        collector.collect(check_all_paths=check_all_paths)
+        collector.collect(is_selftest=is_selftest)
         paths.append({request.path.removeprefix(node.base) for request in node.requests})
     assert paths[1] == {*paths[0], PERMISSIONS}
     # One for each cycle, for pveproxy closes an idle one after 5 s.
@@ -193,7 +193,7 @@ def test_failing_guests_are_one_warning_and_their_recovery_one_line(
     node.clear_script()
     collector.collect()
     collector.collect()
-    assert levels(log, re.escape(text + CONFIG.format(100))) == ["WARNING", "DEBUG"]
+    assert levels(log, re.escape(f"{text}/nodes/pve1/lxc/100/config: ")) == ["WARNING", "DEBUG"]
     assert levels(log, "guests: problem resolved") == ["INFO"]
     assert len([level for level, _ in messages(log) if level != "DEBUG"]) == 2
 

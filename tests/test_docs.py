@@ -255,7 +255,7 @@ def test_configuration_table_has_the_defaults() -> None:
 def test_privileges_table_has_every_call(plain_node: lab.SimulatedNode) -> None:
     collector = make_collector(plain_node, extras=EXTRAS)
     collector.proxmox.version()
-    collector.collect(check_all_paths=True)
+    collector.collect(is_selftest=True)
     asked = set()
     for request in plain_node.requests:
         path = request.path.removeprefix("/api2/json").partition("?")[0]

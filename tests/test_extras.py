@@ -265,7 +265,7 @@ def test_storage_whose_backups_cannot_be_read_is_unknown_and_the_others_are_not(
         told.append(levels(log, "storage bak"))
     assert told == [["WARNING", "DEBUG"], ["WARNING", "DEBUG", "INFO"]]
     (text,) = [text for text in warnings(log) if "storage bak" in text]
-    assert PRUNE.format("bak") in text
+    assert "GET /nodes/pve1/storage/bak/prunebackups: " in text
     # What the storage itself says is about the storage, and not about pveproxy.
     assert ("pvesm status" in text) == (failure in (FAILURES["refused"], FAILURES["closed"]))
 
@@ -420,4 +420,4 @@ def test_tasks_that_cannot_be_read_cost_a_warning(
         monkeypatch.setattr(time, "time", lambda now=now: now)
         assert collector.collect().audit_tail == ()
     (warning,) = warnings(log)
-    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks?source=archive: 500 ")
+    assert warning.startswith("audit_tail is unknown: GET /nodes/pve1/tasks: 500 ")

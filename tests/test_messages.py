@@ -251,6 +251,7 @@ OWN: Final[dict[str, object]] = {"type": "node", "node": "pve1", "status": "onli
 LXC: Final[dict[str, object]] = {"type": "lxc", "node": "pve1", "vmid": 100, "status": "running"}
 NEW: Final[dict[str, object]] = {**LXC, "status": "unknown"}
 FULL: Final = lab.Storage("bak").resource("pve1")
+NAS: Final = lab.Storage("nas").resource("pve1")
 FAILURE: Final = lab.Reply(500, "Reason")
 NAMED: Final = {"volid": "bak:backup/mine.tar.zst", "ctime": 1790000000}
 UNDATED: Final = {"volid": "bak:backup/vzdump-lxc-100-2026_10_01-02_00_03.tar", "ctime": -1}
@@ -270,7 +271,7 @@ SCENES: Final[tuple[tuple[list[dict[str, object]], str, object], ...]] = (
     ([OWN, LXC], "/nodes/pve1/lxc", FAILURE),
     ([OWN, LXC, {**LXC, "vmid": 101}], "/nodes/pve1/lxc", FAILURE),
     ([OWN, LXC, FULL], "/nodes/pve1/storage", FAILURE),
-    ([OWN, LXC, FULL], "/nodes/pve1/storage", lab.Reply(596)),
+    ([OWN, LXC, FULL, NAS], "/nodes/pve1/storage", lab.Reply(596)),
     ([OWN, LXC, FULL], "/nodes/pve1/storage", [NAMED, NAMED]),
     ([OWN, LXC, FULL], "/nodes/pve1/storage", [UNDATED]),
     ([OWN, LXC], "/nodes/pve1/tasks", FAILURE),
