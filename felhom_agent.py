@@ -135,18 +135,8 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}s"
 
 
-def is_not_http(exc: BaseException) -> bool:
-    """Return whether a response began with something other than the status line of HTTP/1."""
-    if isinstance(exc, http.client.RemoteDisconnected):
-        # It is a BadStatusLine, too, but there was no response at all.
-        return False
-    return isinstance(exc, http.client.BadStatusLine | http.client.UnknownProtocol)
-
-
 def describe(exc: BaseException) -> str:
     """Return what happened, without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)"."""
-    if is_not_http(exc):
-        return f"it does not answer in HTTP/1.1 ({sanitize(str(exc), 40)})"
     text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
     text = re.sub(r"^\[[^]]*\] ", "", text)
     return re.sub(r" \(_ssl\.c:[0-9]+\)$", "", text)
@@ -365,24 +355,19 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
     path = requested or DEFAULT_PATH
     document = read_config_file(path, may_be_missing=not requested)
 
-    # Before anything is logged
-    for secret in find_secrets(document, environ):
-        if isinstance(secret, str) and secret:
-            SECRETS.add(secret)
-    if path != credential:
-        check_config_file(path)
-
     problems: dict[str, str] = {}
+    # Logged only when all secrets are known, and so masked
+    warnings: list[str] = []
     for name, values in document.items():
         # authz is reserved for a later version; this one has no use for it.
         if name not in (*SECTIONS, "authz"):
-            LOG.warning("config: unknown key %s is ignored", sanitize(name))
+            warnings.append(f"unknown key {sanitize(name)} is ignored")
         elif not isinstance(values, dict):
             problems[name] = "must be an object"
 
     sections = {}
     for name in SECTIONS:
-        sections[name] = load_section(name, document, environ, problems)
+        sections[name] = load_section(name, document, environ, problems, warnings)
     proxmox, hub = sections["proxmox"], sections["hub"]
     for key, url in (("proxmox.url", proxmox.url), ("hub.url", hub.url)):
         parts = urllib.parse.urlsplit(url)
@@ -391,8 +376,13 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
 
     poll_seconds = clamp_poll(hub.poll_seconds)
     if poll_seconds != hub.poll_seconds:
-        LOG.warning("config: hub.poll_seconds: must be from 60 to 3600, using %d", poll_seconds)
+        warnings.append(f"hub.poll_seconds: must be from 60 to 3600, using {poll_seconds}")
         sections["hub"] = dataclasses.replace(hub, poll_seconds=poll_seconds)
+
+    if path != credential:
+        check_config_file(path)
+    for warning in warnings:
+        LOG.warning("config: %s", warning)
     return Config(**sections, problems=problems)
 
 
@@ -417,17 +407,6 @@ def read_config_file(path: str, *, may_be_missing: bool) -> dict[str, Any]:
     return document
 
 
-def find_secrets(document: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[object]:
-    """Yield the values of the settings that are secret, valid or not, in file and environment."""
-    for name, section in SECTIONS.items():
-        in_file = document.get(name)
-        for item in dataclasses.fields(section):
-            if item.metadata["secret"]:
-                yield environ.get(variable_name(name, item.name))
-                if isinstance(in_file, dict):
-                    yield in_file.get(item.name)
-
-
 def check_config_file(path: str) -> None:
     """Log if the file is missing, or if others can read the secrets in it."""
     try:
@@ -441,7 +420,11 @@ def check_config_file(path: str) -> None:
 
 
 def load_section(
-    section: str, document: Mapping[str, Any], environ: Mapping[str, str], problems: dict[str, str]
+    section: str,
+    document: Mapping[str, Any],
+    environ: Mapping[str, str],
+    problems: dict[str, str],
+    warnings: list[str],
 ) -> Any:
     """Return a section of the configuration; `problems` gets what is wrong with its values."""
     defaults = SECTIONS[section]()
@@ -452,18 +435,34 @@ def load_section(
     values: dict[str, Any] = {}
     for item in dataclasses.fields(defaults):
         default = getattr(defaults, item.name)
-        override = variable_name(section, item.name)
-        value = choose_value(override, default, in_file.get(item.name, ""), environ)
+        value = in_file.get(item.name, "")
+        if isinstance(value, list):
+            # JSON has no tuples, and a frozen section has no lists.
+            value = tuple(str(word) for word in value)
+
+        variable = f"FELHOM_AGENT_{section}_{item.name}".upper()
+        text = environ.get(variable)
+        if text:
+            try:
+                value = parse_variable(text, type(default))
+            except ValueError:
+                warnings.append(f"{variable} is not an integer and is ignored")
+        if value == "":
+            # As in the example, this stands for the default.
+            value = default
+        if item.metadata["secret"] and value:
+            SECRETS.add(str(value))
+
         problem = find_problem(item.metadata, type(default), value)
         if problem:
             problems[f"{section}.{item.name}"] = problem
         else:
             values[item.name] = value
+
     names = [item.name for item in dataclasses.fields(defaults)]
     for name in in_file:
         if name not in names:
-            LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(name))
-
+            warnings.append(f"unknown key {section}.{sanitize(name)} is ignored")
     if "ca_file" in values:
         # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA
         # under the same file name.
@@ -472,33 +471,13 @@ def load_section(
     return dataclasses.replace(defaults, **values)
 
 
-def variable_name(section: str, name: str) -> str:
-    """Return the name of a setting's environment variable."""
-    return f"FELHOM_AGENT_{section}_{name}".upper()
-
-
-def choose_value(
-    variable: str, default: object, in_file: object, environ: Mapping[str, str]
-) -> object:
-    """Return a setting's value: from the environment, else from the file, else the default."""
-    text = environ.get(variable, "")
-    if text:
-        if isinstance(default, str):
-            return text
-        if isinstance(default, tuple):
-            return tuple(word.strip() for word in text.split(","))
-        try:
-            return int(text)
-        except ValueError:
-            LOG.warning("config: %s is not an integer and is ignored", variable)
-
-    # As in the example, an empty string stands for the default.
-    if in_file == "":
-        return default
-    # JSON has no tuples, and a frozen section has no lists.
-    if isinstance(in_file, list):
-        return tuple(str(word) for word in in_file)
-    return in_file
+def parse_variable(text: str, expected_type: type) -> object:
+    """Return the value of an environment variable.  Raises ValueError."""
+    if expected_type is int:
+        return int(text)
+    if expected_type is tuple:
+        return tuple(word.strip() for word in text.split(","))
+    return text
 
 
 def find_problem(rule: Mapping[str, Any], expected_type: type, value: object) -> str:
@@ -792,10 +771,12 @@ def parse_load_average(loads: object) -> Sequence[float] | None:
     """Return the three load averages; None if one of them is invalid."""
     if not isinstance(loads, list) or len(loads) != 3:
         return None
-    numbers = [parse_number(load) for load in loads]
-    averages = [number for number in numbers if number is not None]
-    if len(averages) != 3:
-        return None
+    averages = []
+    for load in loads:
+        average = parse_number(load)
+        if average is None:
+            return None
+        averages.append(average)
     return averages
 
 
@@ -844,11 +825,13 @@ def find_disks(config: Mapping[str, object]) -> list[str]:
 
 def sum_sizes(volumes: Sequence[str]) -> int | None:
     """Return the size of all volumes together; None if there are none, or one has no size."""
-    sizes = [parse_volume_size(volume) for volume in volumes]
-    known = [size for size in sizes if size]
-    if not sizes or len(known) < len(sizes):
-        return None
-    return parse_int(sum(known))
+    total = 0
+    for volume in volumes:
+        size = parse_volume_size(volume)
+        if not size:
+            return None
+        total += size
+    return parse_int(total or None)
 
 
 def parse_volume_size(volume: str) -> int | None:
@@ -1001,22 +984,28 @@ def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
 
 def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
     """Build the envelope with None for each value of another type than expected."""
-    values: dict[str, Any] = {}
-    for name in ("poll_interval_seconds", "desired_generation"):
-        value = reply.get(name)
-        # 900.0 is an integer, too.
-        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-            value = int(value)
-        values[name] = None
-        # Not isinstance: True is an int.
-        if type(value) is int:
-            values[name] = value
-    for name in ("blocked", "has_signed_ops"):
-        value = reply.get(name)
-        values[name] = None
-        if isinstance(value, bool):
-            values[name] = value
-    return ControlEnvelope(**values)
+    return ControlEnvelope(
+        poll_interval_seconds=narrow_int(reply.get("poll_interval_seconds")),
+        blocked=narrow_bool(reply.get("blocked")),
+        desired_generation=narrow_int(reply.get("desired_generation")),
+        has_signed_ops=narrow_bool(reply.get("has_signed_ops")),
+    )
+
+
+def narrow_int(value: object) -> int | None:
+    # 900.0 is an integer, too; 1e99 is too large to be exact.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    # Not isinstance: True is an int.
+    if type(value) is int:
+        return value
+    return None
+
+
+def narrow_bool(value: object) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return None
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
@@ -1135,7 +1124,10 @@ def find_cause(exc: Exception) -> str:
         return "unknown host"
     if isinstance(exc, ConnectionRefusedError):
         return "refused"
-    if is_not_http(exc):
+    if isinstance(exc, http.client.RemoteDisconnected):
+        # It is a BadStatusLine, too, but there was no response at all.
+        return "no response"
+    if isinstance(exc, http.client.BadStatusLine | http.client.UnknownProtocol):
         return "not HTTP"
     if isinstance(exc, ValueError):
         # From read_body
@@ -1269,8 +1261,10 @@ class TLSConnection(Connection):
             # Leaving this block closes the response, not the socket, which is the tunnel.
             with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
                 response.begin()
-        except (ConnectError, OSError, http.client.HTTPException) as exc:
+        except (ConnectError, OSError) as exc:
             raise ConnectError("proxy", describe(exc)) from None
+        except http.client.HTTPException as exc:
+            raise ConnectError("proxy", f"it does not answer as a proxy ({exc})") from None
 
         problem = f"the proxy answers {response.status} {response.reason}"
         if response.status in (401, 407):
@@ -1481,7 +1475,10 @@ class Client:
             address += f" through the proxy {self.proxy.rpartition('@')[2]}"
 
         cause = find_cause(exc)
-        message = f"{operation}: {address}: {sanitize(describe(exc))}; {self.hint(cause, path)}"
+        problem = sanitize(describe(exc))
+        if cause == "not HTTP":
+            problem = f"it does not answer in HTTP/1.1 ({sanitize(str(exc), 40)})"
+        message = f"{operation}: {address}: {problem}; {self.hint(cause, path)}"
         if cause == "timeout":
             return RequestTimeout(message)
         return TransportError(message)
@@ -1523,7 +1520,6 @@ class ProxmoxClient(Client):
         self._hint_words["user"] = shlex.quote(config.token_id.partition("!")[0])
         self._hint_words["token"] = shlex.quote(config.token_id)
 
-        SECRETS.update({config.token_secret} - {""})
         self._headers = {"Authorization": f"PVEAPIToken={config.token_id}={config.token_secret}"}
         self._fingerprint = config.fingerprint
         # Kept, because a TLS handshake takes six times as long as a call
@@ -2141,7 +2137,6 @@ class HubClient(Client):
         super().__init__(config, logger)
         self.proxy = find_proxy(self.address)
         self._warn = WarnOnce(logger)
-        SECRETS.update({config.api_key} - {""})
         self._headers = {
             "Authorization": f"Bearer {config.api_key}",
             "Accept": "application/json",

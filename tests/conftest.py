@@ -36,7 +36,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 @pytest.fixture(autouse=True)
 def forget_secrets() -> None:
-    """What a client of another test has registered is not masked in this one."""
+    """What another test has registered is not masked in this one."""
     agent.SECRETS.clear()
 
 

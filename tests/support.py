@@ -58,12 +58,16 @@ def make_report(**changes: Any) -> agent.HostReport:
 
 def proxmox_config(node: lab.SimulatedNode, /, **changes: Any) -> agent.ProxmoxConfig:
     keys: dict[str, Any] = lab.configuration(node, lab.SimulatedHub(None))["proxmox"]
-    return agent.ProxmoxConfig(**{**keys, **changes})
+    config = agent.ProxmoxConfig(**{**keys, **changes})
+    agent.SECRETS.add(config.token_secret)
+    return config
 
 
 def hub_config(hub: lab.SimulatedHub, /, **changes: Any) -> agent.HubConfig:
     keys: dict[str, Any] = lab.configuration(lab.SimulatedNode(None), hub)["hub"]
-    return agent.HubConfig(**{**keys, **changes})
+    config = agent.HubConfig(**{**keys, **changes})
+    agent.SECRETS.add(config.api_key)
+    return config
 
 
 def make_hub_client(hub: lab.SimulatedHub, /, **changes: Any) -> agent.HubClient:
