@@ -460,9 +460,9 @@ def load_section(
             values[item.name] = value
 
     names = [item.name for item in dataclasses.fields(defaults)]
-    for name in in_file:
-        if name not in names:
-            warnings.append(f"unknown key {section}.{sanitize(name)} is ignored")
+    unknown = [f"{section}.{sanitize(name)}" for name in in_file if name not in names]
+    warnings += [f"unknown key {key} is ignored" for key in unknown]
+
     if "ca_file" in values:
         # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA
         # under the same file name.
