@@ -44,11 +44,10 @@ check_python() {
     esac
 }
 
-# Makes $venv with the packages that the given files pin, unless it exists.
+# Makes $venv with the packages that the given file pins, unless it exists.
 set_up() {
     venv=.venv/$version-$1
-    shift
-    made_for=$(echo "$identity" && cat "$@")
+    made_for=$(echo "$identity" && cat "$2")
     if [ "$(cat "$venv/made-for" 2>/dev/null)" = "$made_for" ]; then
         return
     fi
@@ -56,11 +55,9 @@ set_up() {
     echo "setting up $venv (once)" >&2
     "$python" -m venv --clear "$venv" ||
         die "$python cannot make a virtual environment: apt install python3-venv"
-    for file; do
-        # Nothing is resolved and no package's own set-up code runs.
-        "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps \
-            --only-binary :all: --require-hashes -r "$file" || die "cannot install $file"
-    done
+    # Nothing is resolved and no package's own set-up code runs.
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps \
+        --only-binary :all: --require-hashes -r "$2" || die "cannot install $2"
 
     # Last, so that an interrupted set-up is repeated.
     printf '%s\n' "$made_for" >"$venv/made-for"
@@ -234,12 +231,11 @@ case $command in
         exit 2
         ;;
 esac
-case $command in
-    build) exit ;;
-    bench) set_up bench tests/requirements.txt tests/requirements-bench.txt ;;
-    *) set_up test tests/requirements.txt ;;
-esac
 
+if [ "$command" = build ]; then
+    exit
+fi
+set_up test tests/requirements.txt
 case $command in
     demo) demo "$@" ;;
     lint) lint ;;

@@ -189,14 +189,6 @@ class Raw:
 
 
 @dataclass(frozen=True, slots=True)
-class Drip:
-    """Send these bytes one at a time, then close."""
-
-    data: bytes
-    every_seconds: float = 0.05
-
-
-@dataclass(frozen=True, slots=True)
 class Cut:
     """Close without an answer and without TLS's closing alert."""
 
@@ -206,7 +198,7 @@ class Usual:
     """Answer as without a script."""
 
 
-Answer = Reply | Stall | Raw | Drip | Cut | Usual
+Answer = Reply | Stall | Raw | Cut | Usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,11 +405,6 @@ class Server:
                     reset_when_closed(connection)
                 elif ending == "silence":
                     self._send(connection, Stall(), last)
-            case Drip(data, every_seconds):
-                for position in range(len(data)):
-                    connection.sendall(data[position : position + 1])
-                    if select.select([connection], [], [], every_seconds)[0]:
-                        break
             case Cut():
                 raise ConnectionAbortedError
         return False
@@ -767,7 +754,6 @@ class SimulatedNode(Server):
         name: str = "pve1",
         guests: Sequence[Guest] | None = None,
         token: str = "felhom-agent@pve!agent=11111111-2222-3333-4444-555555555555",
-        latency_seconds: float = 0.0,
     ) -> None:
         super().__init__(certificates)
         self.name = name
@@ -778,7 +764,6 @@ class SimulatedNode(Server):
         self.storages = default_storages()
         self.tasks = default_tasks()
         self.other_nodes: list[OtherNode] = []
-        self.latency_seconds = latency_seconds
         self.acl: ACL = [AUDITOR]
         self.token_acl: ACL | None = None
         self.roles = dict(ROLES)
@@ -788,8 +773,6 @@ class SimulatedNode(Server):
         self.status: dict[str, object] = json.loads(NODE_STATUS)
 
     def answer(self, request: Request) -> Reply:
-        if self.latency_seconds:
-            self._stopping.wait(self.latency_seconds)
         try:
             self._authenticate(request.headers.get("authorization", ""))
             return self._route(request)

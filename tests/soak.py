@@ -55,7 +55,7 @@ def random_answer(chance: random.Random, usual: bytes, secret: str) -> lab.Answe
     response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(usual), usual)
     headers = {"Retry-After": "30", "Location": f"https://elsewhere.example/{secret}"}
     answers = (
-        *(lab.Raw(CHUNKED), lab.Drip(response), lab.Stall(), lab.Cut()),
+        *(lab.Raw(CHUNKED), lab.Stall(), lab.Cut()),
         lab.Reply(chance.choice(STATUSES), secret, headers=headers),
         lab.Reply(body=chance.choice(BODIES)),
         lab.Reply(body=garble(chance, usual)),

@@ -287,7 +287,7 @@ def test_bug_in_a_selftest_fails_without_a_report_and_with_a_traceback(
         raise ZeroDivisionError
 
     proxmox = SimpleNamespace(node="pve1")
-    collector: Any = SimpleNamespace(proxmox=proxmox, unreported_machines=0, collect=collect)
+    collector: Any = SimpleNamespace(proxmox=proxmox, collect=collect)
     assert agent.selftest(collector, make_hub_client(lab.SimulatedHub(None))) == FAILED
     ((level, text),) = messages(log)
     assert (level, "bug in the agent" in text) == ("ERROR", True)
@@ -370,22 +370,13 @@ def test_signal_ends_the_wait_and_a_second_one_does_not_break_that(
     assert len(hub.reports) == 1
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [lab.Stall(), lab.Drip(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + b"x" * 99, 0.2)],
-    ids=["silent", "dripping"],
-)
 @pytest.mark.parametrize("answered", [0, 1, 4, None])
 def test_signal_ends_a_request(
-    start: Start,
-    node: lab.SimulatedNode,
-    hub: lab.SimulatedHub,
-    answered: int | None,
-    answer: lab.Answer,
+    start: Start, node: lab.SimulatedNode, hub: lab.SimulatedHub, answered: int | None
 ) -> None:
     """To Proxmox after so many that were answered, or to the hub."""
     server: lab.Server = hub if answered is None else node
-    server.script("", *[lab.Usual()] * (answered or 0), lab.Forever(answer))
+    server.script("", *[lab.Usual()] * (answered or 0), lab.Forever(lab.Stall()))
     daemon = start()
     server.wait_for_requests((answered or 0) + 1, 10)
     assert_ends(daemon)
