@@ -4,10 +4,11 @@ Once per interval the agent reads the node through the Proxmox API (GET requests
 whether the cloudflared tunnel is running, and posts one JSON report to the hub.  The report is the
 heartbeat: if it stops, the hub raises the alarm.
 
-The agent changes nothing, writes no file, follows no redirect, and runs no command but
-`systemctl is-active UNIT`.  The token secret goes only to Proxmox, the API key only to the hub;
-both are masked in every message.  The hub can only change the interval (60 to 3600 seconds) and,
-with Retry-After, lengthen the wait after a failure (to at most two hours).
+The agent changes nothing, writes no file (though its archive unpacks itself at the first start),
+follows no redirect, and runs no command but `systemctl is-active UNIT`.  The token secret goes only
+to Proxmox, the API key only to the hub; both are masked in every message.  The hub can only change
+the interval (60 to 3600 seconds) and, as Proxmox can, lengthen the wait after a failure by
+Retry-After (to at most two hours).
 
 Each section uses only those above it.  `Loop.cycle` is one heartbeat: `Collector.collect` builds
 the report, `HubClient.report` sends it.
@@ -64,9 +65,9 @@ MAX_TASKS: Final = 50
 DEFAULT_PATH: Final = "/etc/felhom-agent/agent.json"
 REPORT_PATH: Final = "/api/v1/host-report"
 
-# What proxmox.extras may name.  A further extra takes five places: a line here, a class or fields
-# in "wire contract", a function there that builds them, a call in "Proxmox client" unless its
-# replies are read anyway, and a _read_ method for it in Collector.collect.
+# What proxmox.extras may name; the descriptions are for you.  A further extra takes five places: a
+# line here; a class or fields in "wire contract", and a function there that builds them; a call in
+# "Proxmox client", unless its replies are read anyway; and a _read_ method of Collector.
 EXTRAS: Final[Mapping[str, str]] = {
     "qemu": "virtual machines, too, among the guests",
     "storage": "the node's storages and how full they are",
@@ -686,14 +687,6 @@ def get_int(data: object, *keys: str) -> int | None:
     return parse_int(lookup(data, *keys))
 
 
-def get_flag(data: object, key: str) -> bool | None:
-    """Return Proxmox's 0 or 1 as a boolean, or None for anything else."""
-    value = get_int(data, key)
-    if value not in (0, 1):
-        return None
-    return value == 1
-
-
 def get_vmid(entry: object) -> int:
     """Return the guest's ID, or 0 if it is invalid."""
     vmid = get_int(entry, "vmid") or 0
@@ -721,6 +714,19 @@ def parse_int(value: object) -> int | None:
     if number is None or number != int(number):
         return None
     return int(number)
+
+
+def parse_positive(value: object) -> int | None:
+    """Return an integer from 1 to 2^53, or None; a size or count of 0 stands in for no value."""
+    return parse_int(value) or None
+
+
+def parse_flag(value: object) -> bool | None:
+    """Return Proxmox's 0 or 1 as a boolean, or None for anything else."""
+    number = parse_int(value)
+    if number not in (0, 1):
+        return None
+    return number == 1
 
 
 def format_time(seconds: float | None = None) -> str:
@@ -754,8 +760,7 @@ def build_host(node: str, node_status: object, entry: object) -> HostMetrics:
         kernel_version=kernel_version,
         uptime_seconds=get_int(node_status, "uptime"),
         cpu_model=get_text(node_status, "cpuinfo", "model"),
-        # No node has 0 CPUs.
-        cpu_count=get_int(node_status, "cpuinfo", "cpus") or None,
+        cpu_count=parse_positive(lookup(node_status, "cpuinfo", "cpus")),
         cpu_usage=cpu_usage,
         load_average=parse_load_average(lookup(node_status, "loadavg")),
         memory_total_bytes=get_int(node_status, "memory", "total"),
@@ -782,22 +787,19 @@ def parse_load_average(loads: object) -> Sequence[float] | None:
 
 def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | None) -> GuestSpec:
     """Build the spec from a guest's configuration and Proxmox's defaults."""
-    # In MiB: a number, a string or "current=2048".  parse_int also refuses what is too large.
-    memory = parse_int(str(config.get("memory", 512)).removeprefix("current="))
-    memory_bytes = None
-    if memory:
-        memory_bytes = parse_int(memory * 2**20)
-
+    # In MiB: a number, a string or "current=2048"
+    memory = parse_int(str(config.get("memory", 512)).removeprefix("current=")) or 0
     if guest_type == "lxc":
-        cores = parse_int(config.get("cores", cpu_count))
+        cores = parse_positive(config.get("cores", cpu_count))
         volumes = [str(config.get("rootfs"))]
     else:
         sockets = parse_int(config.get("sockets", 1)) or 0
         cores_per_socket = parse_int(config.get("cores", 1)) or 0
-        cores = parse_int(sockets * cores_per_socket)
+        cores = parse_positive(sockets * cores_per_socket)
         volumes = find_disks(config)
 
-    return GuestSpec(cores=cores or None, memory_bytes=memory_bytes, disk_bytes=sum_sizes(volumes))
+    memory_bytes = parse_positive(memory * 2**20)
+    return GuestSpec(cores=cores, memory_bytes=memory_bytes, disk_bytes=sum_sizes(volumes))
 
 
 def build_listed_spec(entry: object) -> GuestSpec:
@@ -807,8 +809,8 @@ def build_listed_spec(entry: object) -> GuestSpec:
     size of the host's file system.
     """
     return GuestSpec(
-        cores=get_int(entry, "maxcpu") or None,
-        memory_bytes=get_int(entry, "maxmem") or None,
+        cores=parse_positive(lookup(entry, "maxcpu")),
+        memory_bytes=parse_positive(lookup(entry, "maxmem")),
         disk_bytes=None,
     )
 
@@ -831,7 +833,7 @@ def sum_sizes(volumes: Sequence[str]) -> int | None:
         if not size:
             return None
         total += size
-    return parse_int(total or None)
+    return parse_positive(total)
 
 
 def parse_volume_size(volume: str) -> int | None:
@@ -852,13 +854,11 @@ def build_details(
     """
     template = None
     if is_fresh:
-        template = get_flag(entry, "template")
+        template = parse_flag(lookup(entry, "template"))
     onboot = None
     if isinstance(config, dict):
         # Unset means no.
-        onboot = False
-        if "onboot" in config:
-            onboot = get_flag(config, "onboot")
+        onboot = parse_flag(config.get("onboot", 0))
     measured: object = {}
     if is_running:
         measured = entry
