@@ -1359,14 +1359,10 @@ def parse_retry_after(text: str) -> int | None:
     return min(int(text), MAX_POLL_SECONDS)
 
 
-def describe_request(method: str, path: str) -> str:
-    """Return method and path for messages, without the query, which would often differ."""
-    return f"{method} {path.partition('?')[0]}"
-
-
 class Client:
     """What both clients share: one request within a time limit, and errors with a hint."""
 
+    method: str
     # The section of the configuration, and what the server is called in messages
     section: str
     server: str
@@ -1398,7 +1394,7 @@ class Client:
             return Connection(self.address)
         return TLSConnection(self.address, context=self.context, proxy=self.proxy)
 
-    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+    def open_response(self, path: str, body: bytes | None) -> http.client.HTTPResponse:
         """Send a request and return the response with its body unread."""
         raise NotImplementedError
 
@@ -1412,31 +1408,34 @@ class Client:
         hint = self.hints.get(cause, self.hints["other status"])
         return hint.format_map(self._hint_words)
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    def message(self, path: str, problem: str, cause: str | int) -> str:
+        """Return "GET /path: what happened; what to do", without the query, which often differs."""
+        return f"{self.method} {path.partition('?')[0]}: {problem}; {self.hint(cause, path)}"
+
+    def request(self, path: str, body: bytes | None = None) -> dict[str, Any]:
         """Send a request and return the reply.  Raises TransportError or HTTPError."""
-        operation = describe_request(method, path)
         start = time.monotonic()
         seconds = min(self.timeout_seconds, self._deadline - start)
         if seconds <= 0:
-            raise self.no_time_left(operation)
+            raise self.no_time_left(path)
 
+        outcome: object = "no response"
         try:
-            response, content = limit_time(seconds, self._exchange, method, path, body)
+            response, content = limit_time(seconds, self._exchange, path, body)
+            outcome = response.status
         except Exception as exc:
-            milliseconds = (time.monotonic() - start) * 1000
-            self.logger.debug("%s: no response, %.0f ms", operation, milliseconds)
             self.close()
             # "from None", because the original exception may quote what the server sent.
             # A bug would end here, too: it costs this request, not the heartbeat.
-            raise self._transport_error(operation, path, exc) from None
+            raise self._transport_error(path, exc) from None
+        finally:
+            milliseconds = (time.monotonic() - start) * 1000
+            self.logger.debug("%s %s: %s, %.0f ms", self.method, path, outcome, milliseconds)
 
-        milliseconds = (time.monotonic() - start) * 1000
-        self.logger.debug("%s: %d, %.0f ms", operation, response.status, milliseconds)
         if not 200 <= response.status < 300:
             # Its body is still to come on the connection.
             self.close()
-            raise self._http_error(operation, path, response)
-
+            raise self._http_error(path, response)
         try:
             return parse_reply(content, response.status)
         except (ValueError, RecursionError) as exc:
@@ -1445,28 +1444,25 @@ class Client:
             encoding = response.headers.get("Content-Encoding")
             if encoding:
                 problem = f"compressed by {encoding}"
-            raise self.unusable(operation, problem, response.status) from None
+            raise self.unusable(path, problem, response.status) from None
 
-    def _exchange(
-        self, method: str, path: str, body: bytes | None
-    ) -> tuple[http.client.HTTPResponse, bytes]:
+    def _exchange(self, path: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
         """Return a response and its body, which stays unread if the status is an error."""
         content = b""
-        with self.open_response(method, path, body) as response:
+        with self.open_response(path, body) as response:
             if 200 <= response.status < 300:
                 content = read_body(response, self.max_bytes)
         return response, content
 
-    def no_time_left(self, operation: str) -> TransportError:
-        hint = self.hint("no time left")
-        return TransportError(f"{operation}: no time left in this cycle; {hint}")
+    def no_time_left(self, path: str) -> TransportError:
+        return TransportError(self.message(path, "no time left in this cycle", "no time left"))
 
-    def unusable(self, operation: str, problem: str, status: int = 200) -> TransportError:
+    def unusable(self, path: str, reason: str, status: int = 200) -> TransportError:
         """Return the error for a success that this server would never send."""
-        reply = f"{status}, but the reply is unusable ({sanitize(problem)})"
-        return TransportError(f"{operation}: {reply}; {self.hint('unusable')}")
+        problem = f"{status}, but the reply is unusable ({sanitize(reason)})"
+        return TransportError(self.message(path, problem, "unusable"))
 
-    def _transport_error(self, operation: str, path: str, exc: Exception) -> TransportError:
+    def _transport_error(self, path: str, exc: Exception) -> TransportError:
         # urllib.request wraps the error that says what happened.
         if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
             exc = exc.reason
@@ -1478,22 +1474,21 @@ class Client:
         problem = sanitize(describe(exc))
         if cause == "not HTTP":
             problem = f"it does not answer in HTTP/1.1 ({sanitize(str(exc), 40)})"
-        message = f"{operation}: {address}: {problem}; {self.hint(cause, path)}"
+        message = self.message(path, f"{address}: {problem}", cause)
         if cause == "timeout":
             return RequestTimeout(message)
         return TransportError(message)
 
-    def _http_error(
-        self, operation: str, path: str, response: http.client.HTTPResponse
-    ) -> HTTPError:
-        reply = sanitize(f"{response.status} {response.reason}".rstrip())
-        hint = self.hint(response.status, path)
-        if 300 <= response.status < 400:
-            reply += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
-            hint = self.hint("redirect")
+    def _http_error(self, path: str, response: http.client.HTTPResponse) -> HTTPError:
+        status = response.status
+        problem = sanitize(f"{status} {response.reason}".rstrip())
+        cause: str | int = status
+        if 300 <= status < 400:
+            cause = "redirect"
+            problem += f" to {sanitize(response.headers.get('Location', 'nowhere'))}"
         retry_after = parse_retry_after(response.headers.get("Retry-After", "").strip())
-        message = f"{operation}: {reply}; {hint}"
-        return HTTPError(message, status=response.status, retry_after=retry_after)
+        message = self.message(path, problem, cause)
+        return HTTPError(message, status=status, retry_after=retry_after)
 
 
 # ---- Proxmox client ------------------------------------------------------------------------------
@@ -1504,8 +1499,10 @@ GUEST_TYPES: Final[Mapping[str, str]] = {"lxc": "containers", "qemu": "virtual m
 
 
 class ProxmoxClient(Client):
-    """Reads one node, with GET requests only."""
+    """Reads one node."""
 
+    # The only one, whatever is asked
+    method = "GET"
     section = "proxmox"
     server = "Proxmox"
     hints = PROXMOX_HINTS
@@ -1541,20 +1538,18 @@ class ProxmoxClient(Client):
             # pveproxy would close it after 5 s.
             self.close()
 
-    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
+    def open_response(self, path: str, body: bytes | None) -> http.client.HTTPResponse:
         if self._connection is not None:
             # The server may have closed a kept connection.  Then a new one decides.
             try:
-                return self._send(self._connection, method, path, body)
+                return self._send(self._connection, path)
             except (ConnectionError, ssl.SSLError):
                 self.close()
         self._connection = self.new_connection()
-        return self._send(self._connection, method, path, body)
+        return self._send(self._connection, path)
 
-    def _send(
-        self, connection: Connection, method: str, path: str, body: bytes | None
-    ) -> http.client.HTTPResponse:
-        connection.request(method, f"/api2/json{path}", body, self._headers)
+    def _send(self, connection: Connection, path: str) -> http.client.HTTPResponse:
+        connection.request(self.method, f"/api2/json{path}", headers=self._headers)
         return connection.getresponse()
 
     def close(self) -> None:
@@ -1573,10 +1568,9 @@ class ProxmoxClient(Client):
 
     def get(self, path: str, expected: type[T]) -> T:
         """Return a response's `data`, a list or dict as expected.  Raises AgentError."""
-        data = self.request("GET", path).get("data")
+        data = self.request(path).get("data")
         if not isinstance(data, expected):
-            operation = describe_request("GET", path)
-            raise self.unusable(operation, f"data is {type(data).__name__}")
+            raise self.unusable(path, f"data is {type(data).__name__}")
         return data
 
     def version(self) -> str | None:
@@ -1615,7 +1609,7 @@ class ProxmoxClient(Client):
         # To leave out a guest would claim that it does not exist.
         own = [entry for entry in entries if entry.get("node") == self.node]
         if not all(get_vmid(entry) for entry in own if str(entry.get("type")) in GUEST_TYPES):
-            raise self.unusable(f"GET {path}", "a guest without a valid vmid")
+            raise self.unusable(path, "a guest without a valid vmid")
         return entries
 
     def node_status(self) -> Mapping[str, object]:
@@ -1636,7 +1630,7 @@ class ProxmoxClient(Client):
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
         if self._deadline - time.monotonic() < self.timeout_seconds:
             # A healthy storage might not answer in what is left, and be taken for one that hangs.
-            raise self.no_time_left(f"GET {path}")
+            raise self.no_time_left(path)
         return self.get(path, list)
 
     def tasks(self, since: int) -> Sequence[object]:
@@ -2128,6 +2122,7 @@ def find_proxy(address: str) -> str:
 class HubClient(Client):
     """Posts reports by urllib.request, which can also use a proxy."""
 
+    method = "POST"
     section = "hub"
     server = "the hub"
     hints = HUB_HINTS
@@ -2147,14 +2142,14 @@ class HubClient(Client):
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(HubHandler(self.new_connection))
 
-    def open_response(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self.url + path, body, self._headers, method=method)
+    def open_response(self, path: str, body: bytes | None) -> http.client.HTTPResponse:
+        request = urllib.request.Request(self.url + path, body, self._headers, method=self.method)
         response: http.client.HTTPResponse = self._opener.open(request)
         return response
 
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's reply.  Raises TransportError or HTTPError."""
-        reply = self.request("POST", REPORT_PATH, report.to_json().encode())
+        reply = self.request(REPORT_PATH, report.to_json().encode())
         envelope = build_envelope(reply)
         self.logger.debug("%s", envelope)
         problem = ""
