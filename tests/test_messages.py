@@ -362,10 +362,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for logger in (agent.LOG, LOG):
             monkeypatch.setattr(logger, "handlers", [recorder])
-            monkeypatch.setattr(logger, "level", logging.DEBUG)
+            # Not by setattr: a logger remembers for which levels it is on.
+            logger.setLevel(logging.DEBUG)
         collects(recorder)
         runs(recorder, folder)
         configurations(recorder, folder, monkeypatch)
+    for logger in (agent.LOG, LOG):
+        logger.setLevel(logging.NOTSET)
     return recorder.lines
 
 
