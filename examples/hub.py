@@ -58,15 +58,16 @@ class Hub:
         self.keys = load_keys(options.keys)
         self.keys_problem = ""
         self.database = database
-        self.lock = threading.Lock()
+        # Whoever has it uses the database, or has a report of up to 4 MiB, which can take 100 MiB.
+        self.lock = threading.RLock()
         self.clock: Callable[[], float] = time.time
+        self.wait: Callable[[float], None] = time.sleep
         # No host could report before this: the hub was not running.
         self.alive_since = self.stepped_at = self.clock()
         # What there is to tell, whom a thread is telling of, and how many commands may run at once.
         self.words: dict[str, str | None] = {}
         self.telling: set[str] = set()
         self.commands = threading.Semaphore(16)
-        self.first_pause_seconds = 5
 
     def state(self, host: sqlite3.Row) -> str:
         if host["received_at"] is None:
@@ -90,7 +91,7 @@ class Hub:
         if not was_overdue:
             return "overdue"
         pause = 3600 * self.options.remind
-        if pause and self.clock() >= max(host["told_at"] + pause, host["muted_until"]):
+        if pause > 0 and self.clock() >= max(host["told_at"] + pause, host["muted_until"]):
             return "reminder"
         return None
 
@@ -125,7 +126,7 @@ class Hub:
         command = [self.options.on_change, host_id, word]
         told = "well" if word == "back" else "overdue"
         update = "UPDATE hosts SET told = ?, told_at = ? WHERE host_id = ?"
-        pause = self.first_pause_seconds
+        pause = 5
         while self.words.get(host_id) == word:
             LOG.warning("%s: %s", host_id, word)
             try:
@@ -138,7 +139,7 @@ class Hub:
                 LOG.error("%s: %s; next try in %d s", host_id, exc, pause)
             for _ in range(pause):
                 if self.words.get(host_id) == word:
-                    time.sleep(1)
+                    self.wait(1)
             pause = min(2 * pause, 600)
         self.telling.discard(host_id)
 
@@ -162,12 +163,10 @@ class Hub:
 
     def accept(self, host_id: str, body: bytes) -> None:
         """Return once the report is on the disk. Raises Refusal or sqlite3.Error."""
-        with PARSING:
-            report = parse_report(body)
-            if report["host_id"] != host_id:
-                raise Refusal(403, f"this key is for {host_id}")
-            node = report["host"]["node"]
-            del report
+        report = parse_report(body)
+        if report["host_id"] != host_id:
+            raise Refusal(403, f"this key is for {host_id}")
+        node = report["host"]["node"]
         now = self.clock()
         self.sql("INSERT OR IGNORE INTO hosts (host_id) VALUES (?)", host_id)
         [row] = self.sql("SELECT nodes FROM hosts WHERE host_id = ?", host_id)
@@ -176,9 +175,9 @@ class Hub:
         if nodes and node not in nodes:
             LOG.warning("%s: reports come from the nodes %s", host_id, ascii([*nodes, node]))
         nodes[node] = now
-        update = "UPDATE hosts SET received_at = ?1, due_at = ?1 + ?2, report = ?3, nodes = ?4"
-        values = (self.options.interval, body.decode(), json.dumps(nodes), host_id)
-        self.sql(f"{update} WHERE host_id = ?5", now, *values)
+        values = (host_id, now, self.options.interval, body.decode(), json.dumps(nodes))
+        update = "UPDATE hosts SET received_at = ?2, due_at = ?2 + ?3, report = ?4, nodes = ?5"
+        self.sql(f"{update} WHERE host_id = ?1", *values)
 
 
 # ---- receiving -----------------------------------------------------------------------------------
@@ -198,8 +197,7 @@ SHAPE = json.loads("""{
     "audit_tail": [{"at": "time", "operation": "text", "result": "text"}]
 }""")
 MAX_BODY_BYTES = 4 * 1024 * 1024
-# A report of 4 MiB can take 100 MiB as objects, so only one is parsed at a time.
-PARSING = threading.Lock()
+REPORT_PATH = "/api/v1/host-report"
 
 
 class Refusal(Exception):
@@ -217,7 +215,6 @@ def parse_report(body: bytes) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, shape: Any) -> None:
-    """Raises Refusal."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key in shape:
             check(key, value.get(key), shape[key])
@@ -274,11 +271,6 @@ def open_database(path: Path) -> sqlite3.Connection:
     return database
 
 
-# ---- HTTP ----------------------------------------------------------------------------------------
-
-REPORT_PATH = "/api/v1/host-report"
-
-
 class Server(http.server.ThreadingHTTPServer):
     # So many hosts may connect in the same moment; the default is 5.
     request_queue_size = 512
@@ -308,7 +300,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, reason = exc.args
         except sqlite3.Error as exc:
             status, reason = 503, f"database: {exc}"
-        if reason:
+        if status != 200:
             content_type, text = "application/json", json.dumps({"error": reason})
         body = text.encode(errors="replace")
         self.send_response_only(status)
@@ -321,8 +313,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        if reason:
-            self.log_refusal(status, reason)
+        if status == 200:
+            return
+        # To close while a body is coming in would reset the connection: the answer is lost.
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            for _ in range(100):
+                received = self.rfile.read1(65536)
+                if not received:
+                    break
+                self.body = self.body or received
+        # The report says, true or not, who it is from. Page views are not logged at all.
+        host_ids = re.findall(rb'"host_id": *"([^"]{1,256})"', self.body) or [b"unknown"]
+        request = f"{self.command} {self.path} of host {host_ids[0].decode(errors='replace')}"
+        LOG.warning("refused %s: %d %s", ascii(request), status, reason)
 
     do_GET = do_HEAD = do_POST = answer  # noqa: N815
 
@@ -334,54 +339,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, "no such path")
         if (self.command == "POST") != (path == REPORT_PATH):
             raise Refusal(405, "this path does not take this method")
-        if path == REPORT_PATH:
-            # A dict compares hashes, so the time that it takes tells nothing about a key.
-            host_id = hub.keys.get(self.headers.get("Authorization", ""))
-            if host_id is None:
-                raise Refusal(401, "no key, or an unknown one")
-            self.body = self.read_body()
-            hub.accept(host_id, self.body)
-            return "application/json", json.dumps({"poll_interval_seconds": hub.options.interval})
-        if path == "/metrics":
-            return "text/plain; version=0.0.4; charset=utf-8", show_metrics(hub)
         if path == "/favicon.ico":
             return "image/svg+xml", "<svg xmlns='http://www.w3.org/2000/svg'/>"
+        if path == "/metrics":
+            with hub.lock:
+                return "text/plain; version=0.0.4; charset=utf-8", show_metrics(hub)
         if path == "/":
-            return "text/html; charset=utf-8", show_page(hub, self.path == "/")
-        if abs(hub.clock() - hub.stepped_at) > AWAY_SECONDS:
-            raise Refusal(503, "the loop that looks for overdue hosts has stopped")
-        # A write, because a full disk can be read.
-        hub.sql("PRAGMA user_version = 1")
-        return "text/plain", "ok\n"
-
-    def read_body(self) -> bytes:
-        """Raises Refusal or OSError."""
+            with hub.lock:
+                return "text/html; charset=utf-8", show_page(hub, self.path == "/")
+        if path == "/healthz":
+            if abs(hub.clock() - hub.stepped_at) > AWAY_SECONDS:
+                raise Refusal(503, "the loop that looks for overdue hosts has stopped")
+            # A write, because a full disk can be read.
+            hub.sql("PRAGMA user_version = 1")
+            return "text/plain", "ok\n"
+        # A dict compares hashes, so the time that it takes tells nothing about a key.
+        host_id = hub.keys.get(self.headers.get("Authorization", ""))
+        if host_id is None:
+            raise Refusal(401, "no key, or an unknown one")
         if self.headers.get_content_type() != "application/json":
             raise Refusal(415, "Content-Type is not application/json")
-        length = self.headers.get("Content-Length")
-        if length is None or "Transfer-Encoding" in self.headers:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
             raise Refusal(411, "Content-Length is required")
-        if not length.isdecimal():
-            raise Refusal(400, "Content-Length is not a number")
         if len(length) > 7 or int(length) > MAX_BODY_BYTES:
             raise Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         self.connection.settimeout(30)
-        return self.rfile.read(int(length))
-
-    def log_refusal(self, status: int, reason: str) -> None:
-        """Log who the report says it is from, true or not; page views are not logged at all."""
-        # To close while a body is coming in would reset the connection: the answer is lost.
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1)
-            for _ in range(100):
-                received = self.rfile.read1(65536)
-                if not received:
-                    break
-                self.body = self.body or received
-        host_ids = re.findall(rb'"host_id": *"([^"]{1,256})"', self.body) or [b"unknown"]
-        request = f"{self.command} {self.path} of host {host_ids[0].decode(errors='replace')}"
-        LOG.warning("refused %s: %d %s", ascii(request), status, reason)
+        self.body = self.rfile.read(int(length))
+        with hub.lock:
+            hub.accept(host_id, self.body)
+        return "application/json", json.dumps({"poll_interval_seconds": hub.options.interval})
 
 
 # ---- page ----------------------------------------------------------------------------------------
@@ -389,24 +376,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 STATES = ("overdue", "late", "never reported", "on time")
 HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content='width=device-width, initial-scale=1'><style>
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; background: canvas }
-h1, h2 { margin: 0; font-size: 1.3rem } h2 b { float: right } a { color: inherit }
-main { columns: 22rem; margin-top: 1rem } b { unicode-bidi: isolate; text-align: right }
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif } a { color: inherit }
+h1, h2 { margin: 0; font-size: 1.3rem } h2 b { float: right } summary { margin-top: .5rem }
 article { break-inside: avoid; overflow-wrap: anywhere; margin-bottom: 1rem; padding: 1rem;
-  border: 1px solid #8888; border-radius: 6px } summary { margin-top: .5rem }
+  border: 1px solid #8888; border-radius: 6px } main { columns: 22rem; margin-top: 1rem }
 div { display: flex; justify-content: space-between; gap: 1rem; border-top: 1px solid #8883 }
-b { color: light-dark(#8a5a00, #e3a92b) } .on-time h2 b { color: light-dark(#1a7f37, #4cc265) }
-.overdue { border-color: #c4161c } .overdue, .overdue b { color: light-dark(#57606a, #9aa5b1) }
+b { unicode-bidi: isolate; text-align: right; color: light-dark(#8a5a00, #e3a92b) }
+.on-time h2 b { color: light-dark(#1a7f37, #4cc265) } .overdue { border-color: #c4161c }
+.overdue, .overdue b { color: light-dark(#57606a, #9aa5b1) }
 .overdue h2, .overdue h2 b { color: light-dark(#c4161c, #ff7b72) }
 </style>"""
 
 
-def show(label: str, value: object, is_bad: bool = False) -> str:
+def show(label: str, value: str, is_bad: bool = False) -> str:
     """Return a line of HTML; its value stands out if it is bad or unknown."""
-    if value is None:
-        value = "unknown"
     tag = "b" if is_bad or value == "unknown" else "bdi"
-    return f"<div><bdi>{escape(label)}</bdi> <{tag}>{escape(str(value))}</{tag}></div>"
+    return f"<div><bdi>{escape(label)}</bdi> <{tag}>{escape(value)}</{tag}></div>"
 
 
 def show_time(at: float) -> str:
@@ -423,15 +408,28 @@ def show_share(label: str, used: float | None, total: float | None, full: float 
     return show(label, f"{used / total:.0%}", used / total >= full)
 
 
-def show_report(report: dict[str, Any]) -> str:
-    host, tunnel = report["host"], report["cloudflared"]["status"]
-    text = show("Proxmox VE", host.get("pve_version"))
+def show_host(hub: Hub, host: sqlite3.Row) -> str:
+    if host["received_at"] is None:
+        text = "On the node, set <code>hub.host_id</code> and <code>hub.api_key</code>, then run"
+        return f"{text} <code>felhom-agent.pyz --selftest=hub</code>"
+    text = show("last report", show_time(host["received_at"]))
+    if host["muted_until"] > hub.clock():
+        text += show("muted until", show_time(host["muted_until"]), True)
+    nodes = sorted(json.loads(host["nodes"]))
+    if len(nodes) > 1:
+        text += show("in the last day, reports came from the nodes", " and ".join(nodes), True)
+    try:
+        report = hub.load_report(host["host_id"])
+    except Refusal as exc:
+        return text + show("This report cannot be shown:", exc.args[1], True)
+    facts, tunnel = report["host"], report["cloudflared"]["status"]
+    text += show("Proxmox VE", facts.get("pve_version") or "unknown")
     text += show("agent", report["agent_version"])
     text += show("cloudflared", tunnel, tunnel == "failed")
-    text += show_share("CPU", host.get("cpu_usage"), 1, full=2)
+    text += show_share("CPU", facts.get("cpu_usage"), 1, full=2)
     # Memory is never full: ZFS's cache counts as used.
-    text += show_share("Memory", host.get("memory_used_bytes"), host.get("memory_total_bytes"), 2)
-    text += show_share("Root disk", host.get("rootfs_used_bytes"), host.get("rootfs_total_bytes"))
+    text += show_share("Memory", facts.get("memory_used_bytes"), facts.get("memory_total_bytes"), 2)
+    text += show_share("Root disk", facts.get("rootfs_used_bytes"), facts.get("rootfs_total_bytes"))
     for disk in report["storage_targets"]:
         text += show_share(disk["storage"], disk.get("used_bytes"), disk.get("total_bytes"))
     for task in filter(is_failed, report["audit_tail"]):
@@ -446,23 +444,6 @@ def show_report(report: dict[str, Any]) -> str:
     is_open = "open" if len(report["guests"]) <= 12 else ""
     summary = f"<summary>Guests: {escape(counts)}</summary>"
     return f"{text}<details {is_open}>{summary}{guests}</details>"
-
-
-def show_host(hub: Hub, host: sqlite3.Row) -> str:
-    if host["received_at"] is None:
-        text = "On the node, set <code>hub.host_id</code> and <code>hub.api_key</code>, then run"
-        return f"{text} <code>felhom-agent.pyz --selftest=hub</code>"
-    text = show("last report", show_time(host["received_at"]))
-    if host["muted_until"] > hub.clock():
-        text += show("muted until", show_time(host["muted_until"]), True)
-    nodes = sorted(json.loads(host["nodes"]))
-    if len(nodes) > 1:
-        text += show("in the last day, reports came from the nodes", " and ".join(nodes), True)
-    try:
-        with PARSING:
-            return text + show_report(hub.load_report(host["host_id"]))
-    except Refusal as exc:
-        return text + show("This report cannot be shown:", exc.args[1], True)
 
 
 def show_page(hub: Hub, is_refreshing: bool) -> str:
@@ -512,7 +493,7 @@ def measure(hub: Hub, host: sqlite3.Row) -> Iterator[tuple[str, float | None, di
     # What an overdue host said last need not be true any more.
     if state == "overdue":
         return
-    with PARSING, contextlib.suppress(Refusal):
+    with contextlib.suppress(Refusal):
         report = hub.load_report(host["host_id"])
         facts, tunnel = report["host"], report["cloudflared"]["status"]
         labels = {name: facts.get(name) or "" for name in ("node", "pve_version", "kernel_version")}
@@ -537,9 +518,6 @@ def measure(hub: Hub, host: sqlite3.Row) -> Iterator[tuple[str, float | None, di
         yield "tasks_failed", sum(map(is_failed, report["audit_tail"])), {}
 
 
-# ---- command line --------------------------------------------------------------------------------
-
-
 def main() -> int:
     # Without its usage lines, an error is one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
@@ -562,8 +540,6 @@ def main() -> int:
         parser.error("--interval must be from 60 to 3600")
     if options.tolerance < -options.interval:
         parser.error("--tolerance must be at least minus the interval")
-    if not options.remind >= 0:
-        parser.error("--remind must be 0 or more")
     if not address:
         parser.error("--listen must be ADDRESS:PORT, such as 127.0.0.1:8080 or [::1]:8080")
     if options.mute and not options.database.exists():
@@ -576,16 +552,15 @@ def main() -> int:
         subject = options.database
         database = open_database(options.database)
         if options.mute:
-            subject = "--mute"
+            subject = "--mute (such as pve1=2.5)"
             host_id, _, hours = options.mute.rpartition("=")
-            if not 0 <= float(hours) <= 100_000:
-                raise ValueError("must be like pve1=2.5, with at most 100000 hours")
             until = time.time() + 3600 * float(hours)
+            muted = f"{host_id}: no alarm until {show_time(until)}"
             query = "UPDATE hosts SET muted_until = ? WHERE host_id = ?"
             with database:
                 if not database.execute(query, (until, host_id)).rowcount:
                     raise ValueError(f"no report of {host_id} yet")
-            print(f"{host_id}: no alarm until {show_time(until)}")
+            print(muted)
             return 0
         subject = options.keys
         hub = Hub(options, database)
