@@ -555,6 +555,7 @@ def main() -> int:
             subject = "--mute (such as pve1=2.5)"
             host_id, _, hours = options.mute.rpartition("=")
             until = time.time() + 3600 * float(hours)
+            # This refuses what is no time, such as nan.
             muted = f"{host_id}: no alarm until {show_time(until)}"
             query = "UPDATE hosts SET muted_until = ? WHERE host_id = ?"
             with database:
