@@ -16,7 +16,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -28,8 +27,6 @@ from typing import Any
 
 LOG = logging.getLogger("hub")
 
-# ---- rules: who is overdue, who is told, what deserves a look ------------------------------------
-
 # How late a report may be before its host is overdue; docs/hub.md says why.
 TOLERANCE_SECONDS = 360
 # A turn of the loop takes a second. If it seems to take longer than this, it was suspended.
@@ -38,16 +35,13 @@ AWAY_SECONDS = 60
 
 def should_run(guest: dict[str, Any]) -> bool | None:
     """Return whether a guest is meant to run; None without the agent's extra `details`."""
-    if guest.get("onboot") is None:
-        return None
-    return guest["onboot"] and not guest.get("template") and not guest.get("lock")
+    return guest.get("onboot") and not guest.get("template") and not guest.get("lock")
 
 
 def is_failed(task: dict[str, Any]) -> bool:
     # To Proxmox, a console that was closed failed, too.
-    if re.match(r"(vnc|spice|term)(proxy|shell)\b", task["operation"]):
-        return False
-    return not re.match(r"(OK|WARNINGS: \d+|unknown)$", task["result"])
+    is_console = re.match(r"(vnc|spice|term)(proxy|shell)\b", task["operation"])
+    return not is_console and not re.match(r"(OK|WARNINGS: \d+|unknown)$", task["result"])
 
 
 class Hub:
@@ -85,10 +79,9 @@ class Hub:
 
     def word(self, host: sqlite3.Row) -> str | None:
         """Return what the command has yet to be told of a host, or None."""
-        was_overdue = host["told"] == "overdue"
         if self.state(host) != "overdue":
-            return "back" if was_overdue else None
-        if not was_overdue:
+            return "back" if host["told"] == "overdue" else None
+        if host["told"] != "overdue":
             return "overdue"
         pause = 3600 * self.options.remind
         if pause > 0 and self.clock() >= max(host["told_at"] + pause, host["muted_until"]):
@@ -150,9 +143,8 @@ class Hub:
     def load_hosts(self) -> list[sqlite3.Row]:
         """Return every host that has a key, without its report, which may be large."""
         return self.sql(
-            "SELECT value AS host_id, received_at, due_at - received_at AS interval, told,"
-            " told_at, muted_until, nodes FROM json_each(?)"
-            " LEFT JOIN hosts ON hosts.host_id = value ORDER BY id",
+            "SELECT value AS host_id, received_at, due_at - received_at AS interval, told, told_at,"
+            " muted_until, nodes FROM json_each(?) LEFT JOIN hosts ON host_id = value ORDER BY id",
             json.dumps(list(self.keys.values())),
         )
 
@@ -180,15 +172,11 @@ class Hub:
         self.sql(f"{update} WHERE host_id = ?1", *values)
 
 
-# ---- receiving -----------------------------------------------------------------------------------
-
-# What this hub uses of a report. With a question mark it may be null, or missing as in the reports
-# of older agents.
+# What this hub uses of a report; with a question mark it may be null, or missing as of old agents.
 SHAPE = json.loads("""{
     "host_id": "text", "agent_version": "text", "cloudflared": {"status": "text"},
-    "host": {"node": "text", "pve_version": "text?", "kernel_version": "text?",
-        "cpu_usage": "number?", "uptime_seconds": "number?",
-        "memory_used_bytes": "number?", "memory_total_bytes": "number?",
+    "host": {"node": "text", "pve_version": "text?", "cpu_usage": "number?",
+        "uptime_seconds": "number?", "memory_used_bytes": "number?", "memory_total_bytes": "number?",
         "rootfs_used_bytes": "number?", "rootfs_total_bytes": "number?"},
     "guests": [{"vmid": "number", "type": "text", "name": "text", "status": "text",
         "onboot": "flag?", "template": "flag?", "lock": "text?"}],
@@ -278,9 +266,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers one request a connection, so no proxy can send one into a connection that closes."""
+    """Answers in HTTP/1.0: no proxy can send a second request into a connection that closes."""
 
-    protocol_version = "HTTP/1.1"
     # Whoever connects and says nothing for so many seconds must not keep reports out.
     timeout = 5
     server: Server
@@ -292,15 +279,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             super().handle()
 
     def answer(self) -> None:
-        self.close_connection = True
-        status, reason = 200, ""
+        status = 200
         try:
             content_type, text = self.respond()
-        except Refusal as exc:
-            status, reason = exc.args
-        except sqlite3.Error as exc:
-            status, reason = 503, f"database: {exc}"
-        if status != 200:
+        except (Refusal, sqlite3.Error) as exc:
+            status, reason = exc.args if isinstance(exc, Refusal) else (503, f"database: {exc}")
             content_type, text = "application/json", json.dumps({"error": reason})
         body = text.encode(errors="replace")
         self.send_response_only(status)
@@ -371,21 +354,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "application/json", json.dumps({"poll_interval_seconds": hub.options.interval})
 
 
-# ---- page ----------------------------------------------------------------------------------------
-
 STATES = ("overdue", "late", "never reported", "on time")
 HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content='width=device-width, initial-scale=1'><style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif } a { color: inherit }
 h1, h2 { margin: 0; font-size: 1.3rem } h2 b { float: right } summary { margin-top: .5rem }
-article { break-inside: avoid; overflow-wrap: anywhere; margin-bottom: 1rem; padding: 1rem;
-  border: 1px solid #8888; border-radius: 6px } main { columns: 22rem; margin-top: 1rem }
+main { columns: 22rem; margin-top: 1rem } article { break-inside: avoid; overflow-wrap: anywhere;
+  margin-bottom: 1rem; padding: 1rem; border: 1px solid #8888; border-radius: 6px }
 div { display: flex; justify-content: space-between; gap: 1rem; border-top: 1px solid #8883 }
 b { unicode-bidi: isolate; text-align: right; color: light-dark(#8a5a00, #e3a92b) }
 .on-time h2 b { color: light-dark(#1a7f37, #4cc265) } .overdue { border-color: #c4161c }
 .overdue, .overdue b { color: light-dark(#57606a, #9aa5b1) }
-.overdue h2, .overdue h2 b { color: light-dark(#c4161c, #ff7b72) }
-</style>"""
+.overdue h2, .overdue h2 b { color: light-dark(#c4161c, #ff7b72) }</style>"""
 
 
 def show(label: str, value: str, is_bad: bool = False) -> str:
@@ -441,9 +421,8 @@ def show_host(hub: Hub, host: sqlite3.Row) -> str:
         if should_run(guest) and status not in ("running", "unknown"):
             text += show(name, f"should run, but is {status}", True)
     counts = show_counts(sorted(guest["status"] for guest in report["guests"])) or "none"
-    is_open = "open" if len(report["guests"]) <= 12 else ""
-    summary = f"<summary>Guests: {escape(counts)}</summary>"
-    return f"{text}<details {is_open}>{summary}{guests}</details>"
+    fold = "" if len(report["guests"]) > 12 else "open"
+    return text + f"<details {fold}><summary>Guests: {escape(counts)}</summary>{guests}</details>"
 
 
 def show_page(hub: Hub, is_refreshing: bool) -> str:
@@ -461,20 +440,16 @@ def show_page(hub: Hub, is_refreshing: bool) -> str:
     return f"{page}</main>"
 
 
-# ---- metrics -------------------------------------------------------------------------------------
-
-ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
 def show_metrics(hub: Hub) -> str:
     """Return what is known in Prometheus's text format; what is null is missing."""
     families: dict[str, list[str]] = {}
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     for host in hub.load_hosts():
         for name, value, labels in measure(hub, host):
             if value is None:
                 continue
             labels = {"host_id": host["host_id"], **labels}
-            pairs = [f'{label}="{str(labels[label]).translate(ESCAPES)}"' for label in labels]
+            pairs = [f'{label}="{str(labels[label]).translate(escapes)}"' for label in labels]
             head = f"# HELP felhom_{name} {name.replace('_', ' ')}\n# TYPE felhom_{name} gauge\n"
             line = f"felhom_{name}{{{','.join(pairs)}}} {float(value)!r}\n"
             families.setdefault(name, [head]).append(line)
@@ -482,7 +457,6 @@ def show_metrics(hub: Hub) -> str:
 
 
 def measure(hub: Hub, host: sqlite3.Row) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
-    """Yield the name, value and labels of each sample."""
     state = hub.state(host)
     if state == "never reported":
         return
@@ -496,8 +470,6 @@ def measure(hub: Hub, host: sqlite3.Row) -> Iterator[tuple[str, float | None, di
     with contextlib.suppress(Refusal):
         report = hub.load_report(host["host_id"])
         facts, tunnel = report["host"], report["cloudflared"]["status"]
-        labels = {name: facts.get(name) or "" for name in ("node", "pve_version", "kernel_version")}
-        yield "host_info", 1, {**labels, "agent_version": report["agent_version"]}
         for name, kind in SHAPE["host"].items():
             if kind == "number?":
                 yield name.replace("cpu_usage", "cpu_usage_ratio"), facts.get(name), {}
@@ -584,4 +556,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

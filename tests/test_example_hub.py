@@ -365,7 +365,7 @@ def test_it_listens_on_ipv6_and_is_healthy_from_the_start_on(tmp_path: Path) -> 
         socket.create_connection(("::1", hub.port), timeout=20) as connection,
     ):
         connection.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
-        assert connection.makefile("rb").read(12) == b"HTTP/1.1 200"
+        assert connection.makefile("rb").read(12) == b"HTTP/1.0 200"
 
 
 def test_keys_are_read_again_when_they_change(running: Running, caplog: Log) -> None:

@@ -41,5 +41,5 @@ def test_metrics_have_no_fault(tmp_path: Path) -> None:
         document["guests"][0]["name"] = HOSTILE
         assert running.post(document) == 200
         metrics = running.get("/metrics")
-    assert metrics.count("# TYPE") == 18
+    assert metrics.count("# TYPE") == 17
     assert run_promtool("check", "metrics", text=metrics) == (0, "")
