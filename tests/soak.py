@@ -10,7 +10,6 @@ report broke the contract, a secret was logged, or memory, threads or descriptor
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import io
 import logging
@@ -27,20 +26,13 @@ from typing import Final
 
 import felhom_agent as agent
 import lab
-from support import EXTRAS, LOG, SOON_IF_BUSY, Prober, make_collector, make_hub_client
+from faults import FAULTS
+from support import EXTRAS, LOG, SOON_IF_BUSY, make_collector, make_hub_client
 
 LONGEST_SECONDS: Final = (agent.COLLECT_TIMEOUT_FACTOR + 1) * SOON_IF_BUSY + 2
 WARM_UP_CYCLES: Final = 100
 # Together with the simulated servers, which are in this process.
 MEMORY_GROWTH_KIB: Final = 32 << 10
-
-STATUSES: Final = (202, 204, 301, 400, 401, 403, 404, 413, 429, 500, 501, 503, 520, 595)
-BODIES: Final = (
-    *(b"", b"<html>", b"null", b"[]", b"{}", b'{"data":null}', b'{"data":[[],1,{}]}', b'"\xff"'),
-    *(b'{"data":[{"type":"node","node":"pve1"}]}', b'{"data":{"/vms":[]}}', b"[" * 100_000),
-    b" " * (9 << 20),
-)
-CHUNKED: Final = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffff\r\n{"
 
 
 def garble(chance: random.Random, data: bytes) -> bytes:
@@ -50,61 +42,43 @@ def garble(chance: random.Random, data: bytes) -> bytes:
     return bytes(garbled)
 
 
-def random_answer(chance: random.Random, usual: bytes, secret: str) -> lab.Answer:
-    """Return a wrong answer; `usual` is the right body, `secret` what the client sent."""
-    response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(usual), usual)
-    headers = {"Retry-After": "30", "Location": f"https://elsewhere.example/{secret}"}
-    answers = (
-        *(lab.Raw(CHUNKED), lab.Stall(), lab.Cut()),
-        lab.Reply(chance.choice(STATUSES), secret, headers=headers),
-        lab.Reply(body=chance.choice(BODIES)),
-        lab.Reply(body=garble(chance, usual)),
-        lab.Raw(garble(chance, response)),
-        lab.Raw(response[: chance.randrange(len(response))]),
-    )
-    return chance.choice(answers)
-
-
-@contextlib.contextmanager
-def fault(chance: random.Random, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> Iterator[str]:
-    """Break something at random for as long as the context lasts, and say what."""
+def break_something(chance: random.Random, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> str:
+    """Have one of the last cycle's requests answered wrongly, once or always, and say how."""
     server: lab.Server = chance.choice((node, node, node, hub))
-    # One of the last cycle's requests.
     request = chance.choice(server.requests)
-    usual = lab.json_reply(hub.envelope) if server is hub else node.answer(request)
+    reply = lab.json_reply(hub.envelope) if server is hub else node.answer(request)
+    body = reply.body or b"{}"
     secret = hub.api_key if server is hub else node.token_secret
-    answer = random_answer(chance, usual.body or b"{}", secret)
+    response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    answer: lab.Answer = chance.choice(FAULTS).answer(body, secret)
+    garbled = (lab.Reply(body=garble(chance, body)), lab.Raw(garble(chance, response)))
+    answer = chance.choice((answer, *garbled, lab.Stall(), lab.Cut(), lab.Reply(500, secret)))
     path = request.path.removeprefix(server.base)
     server.script(path, chance.choice((answer, lab.Forever(answer))))
-    try:
-        yield f"{path}: {answer}"[:300]
-    finally:
-        server.clear_script()
+    return f"{path}: {answer}"[:300]
 
 
 def soak(
     node: lab.SimulatedNode, hub: lab.SimulatedHub, seconds: float, chance: random.Random
 ) -> Iterator[str]:
     """Run cycles until the time is over, and yield each problem."""
-    prober = Prober()
-    collector = make_collector(node, prober, timeout_seconds=SOON_IF_BUSY, extras=EXTRAS)
+    collector = make_collector(node, timeout_seconds=SOON_IF_BUSY, extras=EXTRAS)
     client = make_hub_client(hub, timeout_seconds=SOON_IF_BUSY)
     loop = agent.Loop(collector, client, 900, logger=LOG, wait=lambda _: None)
     end, failed = time.monotonic() + seconds, 0
     # For each cycle the most memory so far, in KiB.
     peaks: list[int] = []
     while time.monotonic() < end or len(peaks) <= WARM_UP_CYCLES:
-        broken = fault(chance, node, hub) if len(peaks) % 2 else contextlib.nullcontext("no fault")
-        prober.state = chance.choice(("active", OSError("no systemctl")))
+        name = break_something(chance, node, hub) if len(peaks) % 2 else "no fault"
         log = io.StringIO()
         LOG.handlers = [logging.StreamHandler(log)]
-        with broken as name:
-            for kept in (node.requests, hub.requests, hub.reports, hub.rejected):
-                kept.clear()
-            began = time.monotonic()
-            loop.run(1)
-            took = time.monotonic() - began
-        lines = log.getvalue()
+        for kept in (node.requests, hub.requests, hub.reports, hub.rejected):
+            kept.clear()
+        began = time.monotonic()
+        loop.run(1)
+        took, lines = time.monotonic() - began, log.getvalue()
+        node.clear_script()
+        hub.clear_script()
         problems = {
             f"took {took:.1f} s": took > LONGEST_SECONDS,
             "no report": name == "no fault" and not hub.reports,
@@ -131,15 +105,13 @@ def main() -> int:
     # M_ARENA_MAX of mallopt(3): else each thread of the servers keeps a heap of its own.
     ctypes.CDLL(None).mallopt(-8, 1)
     LOG.setLevel(logging.DEBUG)
-    count = 0
+    count, chance = 0, random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="felhom-soak-") as folder:
         certificates = lab.make_certificates(Path(folder), generation="current")
         # Descriptors and threads.
         before = len(os.listdir("/proc/self/fd")) + threading.active_count()
         with lab.SimulatedNode(certificates) as node, lab.SimulatedHub(certificates) as hub:
-            hub.envelope = {"poll_interval_seconds": 900}
-            seconds = 60 * arguments.minutes
-            for problem in soak(node, hub, seconds, random.Random(arguments.seed)):
+            for problem in soak(node, hub, 60 * arguments.minutes, chance):
                 print(problem, flush=True)
                 count += 1
         left = len(os.listdir("/proc/self/fd")) + threading.active_count() - before
