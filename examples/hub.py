@@ -176,8 +176,9 @@ class Hub:
 SHAPE = json.loads("""{
     "host_id": "text", "agent_version": "text", "cloudflared": {"status": "text"},
     "host": {"node": "text", "pve_version": "text?", "cpu_usage": "number?",
-        "uptime_seconds": "number?", "memory_used_bytes": "number?", "memory_total_bytes": "number?",
-        "rootfs_used_bytes": "number?", "rootfs_total_bytes": "number?"},
+        "uptime_seconds": "number?", "memory_used_bytes": "number?",
+        "memory_total_bytes": "number?", "rootfs_used_bytes": "number?",
+        "rootfs_total_bytes": "number?"},
     "guests": [{"vmid": "number", "type": "text", "name": "text", "status": "text",
         "onboot": "flag?", "template": "flag?", "lock": "text?"}],
     "storage_targets": [{"storage": "text", "used_bytes": "number?", "total_bytes": "number?"}],
