@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,25 +14,21 @@ from hypothesis import HealthCheck, settings
 import felhom_agent as agent
 import lab
 
-# Whoever has pasted the lab's lines into this terminal tests the agent all the same, and not with
-# that configuration.
-for name in [name for name in os.environ if name.startswith("FELHOM_AGENT_")]:
-    if name != "FELHOM_AGENT_PYZ":
+# Nothing in this terminal configures the agent, as do the lines that the lab prints.
+for name in list(os.environ):
+    if name.startswith("FELHOM_AGENT_") and name != "FELHOM_AGENT_PYZ":
         del os.environ[name]
 for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "JOURNAL_STREAM"):
     os.environ.pop(name, None)
 # No test trusts the machine's own CAs, and a client takes 50 ms to read them.
 os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
 
-# The short profile finds the same every time; HYPOTHESIS_PROFILE=long looks further on each run.
-usual = settings(
-    deadline=None,
-    database=None,
-    suppress_health_check=(HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
+# Hypothesis finds the same every time.
+checks = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+settings.register_profile(
+    "usual", max_examples=60, derandomize=True, deadline=None, suppress_health_check=checks
 )
-settings.register_profile("short", usual, max_examples=60, derandomize=True)
-settings.register_profile("long", usual, max_examples=3000, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+settings.load_profile("usual")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +63,7 @@ def hub(hub_certificates: lab.Certificates) -> Iterator[lab.SimulatedHub]:
 
 @pytest.fixture
 def plain_node() -> Iterator[lab.SimulatedNode]:
-    """Without TLS, where it makes no difference: that saves most of a test's time."""
+    """Without TLS, which saves most of a test's time."""
     with lab.SimulatedNode(None) as running:
         yield running
 
@@ -78,15 +75,13 @@ def plain_hub() -> Iterator[lab.SimulatedHub]:
 
 
 @pytest.fixture
-def write_config(
-    tmp_path: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub
-) -> Callable[..., Path]:
+def write_config(tmp_path: Path, node: lab.SimulatedNode, hub: lab.SimulatedHub) -> Any:
     """Write agent.json for node and hub; `write_config(hub={"poll_seconds": 60})` changes it."""
 
-    def write(**changes: Mapping[str, object]) -> Path:
-        sections = lab.configuration(node, hub)
+    def write(**changes: dict[str, object]) -> Path:
+        sections: dict[str, Any] = lab.configuration(node, hub)
         for section, keys in changes.items():
-            sections[section] = {**sections.get(section, {}), **keys}
+            sections[section] = sections.get(section, {}) | keys
         path = tmp_path / "agent.json"
         path.touch(mode=0o600)
         path.write_text(json.dumps(sections), "utf-8")

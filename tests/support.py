@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -25,13 +25,11 @@ LOG: Final = logging.getLogger("tests")
 MODULE: Final = Path(agent.__file__)
 # All that proxmox.extras may name, as documented.
 EXTRAS: Final = ("qemu", "storage", "backups", "details", "tasks")
-# How long a client waits in a test for a server that never answers; the configuration takes whole
-# seconds, a client any.  If others do answer in that test, they need the limit of a busy machine.
+# A client's time for a server that never answers; the second if others do answer in that test.
 SOON: Final[Any] = 0.2
 SOON_IF_BUSY: Final = 1
-# What ends in time has ended before this, on a busy machine too; what hangs goes on for longer.
+# On a busy machine, too, what does not hang has ended by then.
 HANG_SECONDS: Final = 5.0
-
 # The command line as it is, but the wait says so, and ends with a line on standard input.
 STEPPED: Final = """
 import functools, sys
@@ -44,34 +42,40 @@ sys.exit(agent.main(sys.argv[1:]))
 
 def make_report(**changes: Any) -> agent.HostReport:
     """A report of a node about which nothing is known."""
-    fields: dict[str, Any] = {
-        "host_id": "pve1",
-        "agent_version": agent.__version__,
-        "reported_at": "2026-06-08T14:20:09Z",
-        "host": agent.build_host("pve1", {}, {}),
-        "guests": (),
-        "cloudflared": agent.Cloudflared(status="active"),
-        **changes,
-    }
-    return agent.HostReport(**fields)
+    report = agent.HostReport(
+        host_id="pve1",
+        agent_version=agent.__version__,
+        reported_at="2026-06-08T14:20:09Z",
+        host=agent.build_host("pve1", {}, {}),
+        guests=(),
+        cloudflared=agent.Cloudflared(status="active"),
+    )
+    return replace(report, **changes)
+
+
+def find_problems(report: agent.HostReport) -> list[str]:
+    """What a hub would object to in the report as it is sent."""
+    text = report.to_json()
+    assert text.isascii()
+    document = json.loads(text, parse_constant=lab.refuse_constant)
+    # No hub need hold half a surrogate pair.
+    json.dumps(document, ensure_ascii=False).encode()
+    errors = lab.report_schema().iter_errors(document)
+    return [f"{error.json_path}: {error.message}" for error in errors]
 
 
 def proxmox_config(node: lab.SimulatedNode, /, **changes: Any) -> agent.ProxmoxConfig:
-    keys: dict[str, Any] = lab.configuration(node, lab.SimulatedHub(None))["proxmox"]
-    config = agent.ProxmoxConfig(**{**keys, **changes})
+    sections: dict[str, Any] = lab.configuration(node, lab.SimulatedHub(None))
+    config = agent.ProxmoxConfig(**sections["proxmox"] | changes)
     agent.SECRETS.add(config.token_secret)
     return config
 
 
-def hub_config(hub: lab.SimulatedHub, /, **changes: Any) -> agent.HubConfig:
-    keys: dict[str, Any] = lab.configuration(lab.SimulatedNode(None), hub)["hub"]
-    config = agent.HubConfig(**{**keys, **changes})
-    agent.SECRETS.add(config.api_key)
-    return config
-
-
 def make_hub_client(hub: lab.SimulatedHub, /, **changes: Any) -> agent.HubClient:
-    return agent.HubClient(hub_config(hub, **changes), logger=LOG)
+    sections: dict[str, Any] = lab.configuration(lab.SimulatedNode(None), hub)
+    config = agent.HubConfig(**sections["hub"] | changes)
+    agent.SECRETS.add(config.api_key)
+    return agent.HubClient(config, logger=LOG)
 
 
 class Prober:
@@ -90,19 +94,23 @@ def make_collector(
     node: lab.SimulatedNode, prober: Prober | None = None, /, **changes: Any
 ) -> agent.Collector:
     """A collector that reads this node; `changes` are keys of proxmox in the configuration."""
-    return agent.Collector(
-        agent.ProxmoxClient(proxmox_config(node, **changes)),
-        prober or Prober(),
-        host_id="pve1",
-        agent_version=agent.__version__,
-        logger=LOG,
-    )
+    client = agent.ProxmoxClient(proxmox_config(node, **changes))
+    return agent.Collector(client, prober or Prober(), host_id="pve1", logger=LOG)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """Level and text of what was logged, but for the debug line of each request."""
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     return [line for line in lines if not re.search("^(GET|POST) .* ms$", line[1])]
+
+
+def levels(caplog: pytest.LogCaptureFixture, pattern: str = "") -> list[str]:
+    """The levels of the messages that have this pattern."""
+    return [level for level, text in messages(caplog) if re.search(pattern, text)]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for level, text in messages(caplog) if level == "WARNING"]
 
 
 @contextlib.contextmanager
@@ -148,11 +156,7 @@ class Outcome:
 
 
 class Daemon:
-    """The agent as a process of its own; a context manager, which ends it.
-
-    `stepped`: its next cycle comes when the test says so (`step`), not after an interval.  What it
-    logs is in `log`, what it tells systemd in `notified`.
-    """
+    """The agent as a process, which `with` ends; if `stepped`, `step` starts each further cycle."""
 
     def __init__(
         self,
@@ -171,13 +175,10 @@ class Daemon:
         self._notify.bind(str(folder / "notify"))
         self._notify.setblocking(False)
         variables = {
-            "HOME": str(folder),
             "NOTIFY_SOCKET": str(folder / "notify"),
             "PATH": install_systemctl(folder, systemctl),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": str(MODULE.parent),
-            "TMPDIR": str(folder),
-            "WATCHDOG_USEC": "1",
             **(environment or {}),
         }
         program = ["-c", STEPPED] if stepped else [str(MODULE)]
@@ -200,7 +201,6 @@ class Daemon:
 
     def __exit__(self, *_exc: object) -> None:
         with self.process, self._notify:
-            # A process that hangs must not hold the tests up.
             self.process.kill()
 
     def await_cycle(self) -> str:
