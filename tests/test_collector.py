@@ -189,6 +189,8 @@ def test_prober_that_fails_does_not_stop_the_report_and_is_told_when_it_changes(
         found.append(collector.collect().cloudflared.status)
     assert found == ["failed", "unknown", "unknown", "active", "unknown"]
     assert levels(log, "cloudflared") == ["WARNING", "DEBUG", "INFO", "WARNING"]
+    # A bug is logged with its traceback.
+    assert ("Traceback" in log.text) == isinstance(error, ValueError)
 
 
 @pytest.mark.parametrize(
