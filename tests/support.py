@@ -12,9 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -142,8 +142,7 @@ def install_systemctl(folder: Path, script: str = "echo active") -> str:
     return f"{commands}:/usr/bin:/bin"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a call of the program ended."""
 
     status: int
@@ -155,7 +154,7 @@ class Outcome:
         return json.loads(self.out)
 
 
-class Daemon:
+class Daemon(contextlib.AbstractContextManager["Daemon"]):
     """The agent as a process, which `with` ends; if `stepped`, `step` starts each further cycle."""
 
     def __init__(
@@ -195,9 +194,6 @@ class Daemon:
                 stderr=log if stderr is None else stderr,
                 text=True,
             )
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_exc: object) -> None:
         with self.process, self._notify:

@@ -305,8 +305,6 @@ def test_problem_is_told_at_its_start_and_at_its_end(node: Node, log: Log, topic
     assert len(levels(log)) == 4
 
 
-# --- whatever Proxmox answers ---------------------------------------------------------------------
-
 ODD: Final[tuple[object, ...]] = (
     *(None, True, False, 0, -1, 99, 8193, 2**53 - 1, 2**53, 10**30, 0.5, -0.0, 1e308),
     *(float("nan"), float("inf"), "", "0", "1.5", "-1", "many", "NaN", "1e5", "9" * 400, "\ud800"),
@@ -319,11 +317,10 @@ VALUES: Final = st.sampled_from(ODD) | st.recursive(
     max_leaves=5,
 )
 PATHS: Final = (
-    *(RESOURCES, STATUS, f"{PERMISSIONS}?path=/vms/999999999"),
-    f"{PERMISSIONS}?path=/nodes/pve1",
+    *(RESOURCES, STATUS, "/nodes/pve1/tasks?source=archive"),
+    *(f"{PERMISSIONS}?path=/vms/999999999", f"{PERMISSIONS}?path=/nodes/pve1"),
     *("/nodes/pve1/lxc/100/config?current=1", "/nodes/pve1/qemu/200/config?current=1"),
     "/nodes/pve1/storage/bak/prunebackups?prune-backups=keep-all%3D1",
-    "/nodes/pve1/tasks?source=archive",
 )
 
 

@@ -38,7 +38,7 @@ EXAMPLE: Final[dict[str, Any]] = json.loads("""{
     "storage_targets": [], "backups": [], "restore_tests": [], "pbs_snapshots": [], "audit_tail": []
 }""")
 
-# As captured.  `cpu` in the status is what that API worker has seen since it was last asked.
+# As captured; `cpu` is what that API worker has seen since it was last asked.
 STATUS: Final[dict[str, Any]] = {
     **json.loads(lab.NODE_STATUS),
     "cpu": 0.715025906735751,
@@ -89,8 +89,7 @@ NO_INTEGERS: Final[tuple[object, ...]] = (
 NO_LOADS: Final = (["1", "2", "x"], ["1", None, "3"], ["1", "2"], ["1"] * 4, "123", None, 5)
 ODD: Final = '"\\\u2028 ☃ 😀\x00\x1b[2J\r\nb'
 OLD_KERNEL: Final = "6.2.16-3-pve"
-# Where in the node's status, the metric, values that are sent there with what is reported of
-# them, and values that say nothing
+# A place in the node's status, the metric, values with what is reported of them, and other values
 METRICS: Final[list[tuple[str, str, Sequence[tuple[object, Any]], Sequence[object]]]] = [
     ("uptime", "uptime_seconds", [(0, 0), ("17", 17), (17.0, 17), ("17.0", 17)], NO_INTEGERS),
     ("uptime", "uptime_seconds", [(2**53 - 1, 2**53 - 1)], ()),
