@@ -368,11 +368,12 @@ def scripts(draw: st.DrawFn) -> dict[str, lab.Reply]:
     return found
 
 
-# The node, a guest and a storage
+# The node, a guest and storages without `content`
 LISTED: Final = json.loads("""[
     {"type": "node", "node": "pve1", "status": "online", "uptime": 2565, "cpu": 0.5},
     {"type": "lxc", "node": "pve1", "vmid": 100, "name": "\\ud800", "status": "running"},
-    {"type": "storage", "node": "pve1", "storage": 5, "status": "available"}
+    {"type": "storage", "node": "pve1", "storage": 5, "status": "available"},
+    {"type": "storage", "node": "pve1", "storage": "bak", "status": "available"}
 ]""")
 
 
