@@ -109,11 +109,14 @@ def test_without_list_or_status_there_is_no_report(node: Node, path: str) -> Non
 
 def test_empty_list_proves_nothing_without_the_privileges(node: Node) -> None:
     """With a guest the same is a warning; see test_faults.py."""
-    node.guests, node.vms = [], lab.many_vms(1)
+    node.guests, node.vms, node.storages = [], lab.many_vms(1), []
     node.script(PERMISSIONS, lab.Forever(lab.Reply(500)))
     with pytest.raises(agent.HTTPError, match=f"^GET {PERMISSIONS}.*: .*; "):
         make_collector(node).collect()
-    assert len(make_collector(node, extras=["qemu"]).collect().guests) == 1
+    with pytest.raises(agent.HTTPError, match=f"^GET {PERMISSIONS}"):
+        make_collector(node, extras=["qemu", "storage"]).collect()
+    node.storages = lab.default_storages()
+    assert len(make_collector(node, extras=["qemu", "storage"]).collect().guests) == 1
 
 
 # What is left of such a guest is in test_faults.py.
