@@ -613,7 +613,8 @@ class SimulatedNode(Server):
         self.token_acl: ACL | None = None
         self.roles = dict(ROLES)
         self.pools: dict[str, str] = {}
-        self.resources = {"cpu": 0.0167285119344523, "maxcpu": 2, "maxmem": 25276510208}
+        self.resources: dict[str, object] = {"cpu": 0.0167285119344523, "maxcpu": 2}
+        self.resources["maxmem"] = 25276510208
         self.resources_age_seconds = 9
         self.status: dict[str, object] = json.loads(NODE_STATUS)
 

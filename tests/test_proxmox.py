@@ -183,14 +183,26 @@ def test_what_a_token_cannot_see_is_said_and_the_hint_helps(
 
 
 @pytest.mark.parametrize("flag", [0, 1])
+@pytest.mark.parametrize(
+    ("path", "privilege", "extras"),
+    [
+        ("/vms/999999999", "VM.Audit", []),
+        ("/storage/999999999", "Datastore.Audit", ["storage"]),
+    ],
+)
 def test_privilege_counts_whether_or_not_it_propagates(
-    plain_node: lab.SimulatedNode, log: pytest.LogCaptureFixture, flag: int
+    plain_node: lab.SimulatedNode,
+    log: pytest.LogCaptureFixture,
+    path: str,
+    privilege: str,
+    extras: list[str],
+    flag: int,
 ) -> None:
-    path = "/vms/999999999"
-    plain_node.guests, plain_node.vms = [], []
-    reply = lab.json_reply({"data": {path: {"VM.Audit": flag}}})
+    plain_node.guests, plain_node.vms, plain_node.storages = [], [], []
+    reply = lab.json_reply({"data": {path: {privilege: flag}}})
     plain_node.script(f"/access/permissions?path={path}", lab.Forever(reply))
-    assert collect(plain_node, is_selftest=False) == ("", [])
+    report = make_collector(plain_node, extras=extras).collect()
+    assert (report.guests, report.storage_targets) == ((), ())
     assert messages(log) == []
 
 
