@@ -39,14 +39,13 @@ def forget_secrets() -> None:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> lab.Certificates:
-    """As most installations have them: a CA from before March 2026."""
     return lab.make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="session")
 def hub_certificates(tmp_path_factory: pytest.TempPathFactory) -> lab.Certificates:
-    """The hub has a CA of its own, and one that passes the strict check."""
-    return lab.make_certificates(tmp_path_factory.mktemp("hub-certificates"), generation="current")
+    """The hub has a CA of its own."""
+    return lab.make_certificates(tmp_path_factory.mktemp("hub-certificates"))
 
 
 @pytest.fixture

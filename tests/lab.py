@@ -68,14 +68,13 @@ def private_key(owner: Path | str) -> rsa.RSAPrivateKey:
 def make_certificates(
     folder: Path,
     *,
-    generation: Literal["current", "old"] = "old",
     names: Sequence[str] = ("127.0.0.1", "::1", "localhost", "pve1", "pve1.example.lan"),
     days: int = 730,
     not_before_days: int = 0,
 ) -> Certificates:
     """Write a new CA and a node certificate as Proxmox makes them.
 
-    "current" is a CA made since March 2026, with the keyUsage extension, "old" one from before.
+    As most installations have it, the CA is from before March 2026, without keyUsage.
     `not_before_days` and `days` date the node certificate: -30 and 10 give an expired one.
     """
     ca_key, node_key = private_key(folder), private_key("node")
@@ -95,11 +94,8 @@ def make_certificates(
             builder = builder.add_extension(extension, critical=subject == ca_name)
         return builder.sign(ca_key, hashes.SHA256())
 
-    # keyCertSign and cRLSign.
-    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    usages = [usage] if generation == "current" else []
     is_ca = x509.BasicConstraints(ca=True, path_length=None)
-    ca = sign(ca_name, ca_key, -365, 3650, is_ca, *usages)
+    ca = sign(ca_name, ca_key, -365, 3650, is_ca)
     alternatives: list[x509.GeneralName] = []
     for name in names:
         try:
@@ -874,7 +870,6 @@ def main() -> None:
         prog="lab", description="A simulated Proxmox VE node and a hub on loopback, until Ctrl-C."
     )
     parser.add_argument("--guests", type=int, metavar="N", help="N ordinary containers, no VMs")
-    parser.add_argument("--env-file", type=Path, metavar="PATH", help="write the environment here")
     arguments = parser.parse_args()
     guests = None if arguments.guests is None else many_guests(arguments.guests)
     log = functools.partial(print, file=sys.stderr, flush=True)
@@ -882,15 +877,10 @@ def main() -> None:
     temporary = tempfile.TemporaryDirectory(prefix="felhom-lab-")
     with contextlib.suppress(KeyboardInterrupt), temporary as name:
         node = SimulatedNode(make_certificates(Path(name)), guests=guests)
-        hub = SimulatedHub(make_certificates(Path(name, "hub"), generation="current"), log=log)
+        hub = SimulatedHub(make_certificates(Path(name, "hub")), log=log)
         with node, hub:
             variables = environment(node, hub).items()
             exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables)
-            if arguments.env_file:
-                # It appears complete or not at all.
-                partial = arguments.env_file.with_suffix(".part")
-                partial.write_text(exports, "utf-8")
-                partial.replace(arguments.env_file)
             print(exports, end="", flush=True)
             signal.pause()
 

@@ -107,7 +107,7 @@ def main() -> int:
     LOG.setLevel(logging.DEBUG)
     count, chance = 0, random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="felhom-soak-") as folder:
-        certificates = lab.make_certificates(Path(folder), generation="current")
+        certificates = lab.make_certificates(Path(folder))
         # Descriptors and threads.
         before = len(os.listdir("/proc/self/fd")) + threading.active_count()
         with lab.SimulatedNode(certificates) as node, lab.SimulatedHub(certificates) as hub:

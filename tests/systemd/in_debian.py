@@ -467,7 +467,7 @@ def fill_in() -> None:
 
 def main() -> int:
     certificates = lab.make_certificates(HERE / "node")
-    hub_certificates = lab.make_certificates(HERE / "hub", generation="current")
+    hub_certificates = lab.make_certificates(HERE / "hub")
     node = lab.SimulatedNode(certificates, name=socket.gethostname())
     node.port = 8006
     release = Path("/etc/os-release").read_text("utf-8")
