@@ -164,18 +164,3 @@ def test_watchdog_outlasts_the_longest_wait() -> None:
     """After Retry-After of an hour the agent waits two, and one message a cycle is all it sends."""
     assert ("WatchdogSec", "3h") in SETTINGS
     assert max(agent.retry_delay(3600, 9, 3600) for _ in range(100)) <= 2 * 3600
-
-
-def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = ["systemd-analyze", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-
-
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_systemd_finds_no_fault_and_an_exposure_of_at_most_1_3(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    text = UNIT.read_text("utf-8").replace("/usr/local/bin/felhom-agent.pyz", "/bin/true")
-    unit.write_text(text, "utf-8")
-    assert analyze("verify", "--man=no", unit).stderr == ""
-    rating = analyze("security", "--offline=true", "--no-pager", "--threshold=13", UNIT)
-    assert rating.returncode == 0, rating.stdout[-200:] + rating.stderr

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,21 +76,6 @@ def errors(outcome: Outcome) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("argument", "out"),
-    [
-        ("--version", b"felhom-agent 0.3.0\n"),
-        ("--print=unit", MODULE.with_name("felhom-agent.service").read_bytes()),
-        ("--print=config", MODULE.with_name("agent.example.json").read_bytes()),
-    ],
-    ids=["version", "unit", "config"],
-)
-def test_version_unit_and_example_need_no_configuration(
-    call: Run, argument: str, out: bytes
-) -> None:
-    assert call(argument, "--config=/nonexistent") == Outcome(OK, out.decode(), "")
-
-
-@pytest.mark.parametrize(
     "arguments",
     [
         *("--nonsense", "positional", "--config", "--selftest", "--selftest=", "--selftest all"),
@@ -102,14 +86,6 @@ def test_wrong_usage(call: Run, arguments: str) -> None:
     outcome = call(*arguments.split())
     assert (outcome.status, outcome.out) == (INVALID, "")
     assert outcome.err.startswith("usage: felhom-agent ")
-
-
-def test_help_says_what_each_choice_does(call: Run) -> None:
-    outcome = call("--help")
-    assert (outcome.status, outcome.err) == (OK, "")
-    told = " ".join(outcome.out.split())
-    selftests = "config: check .*; proxmox: also read the node, and print .*; hub: also send it;"
-    assert re.search(f"{selftests} .* unit: print .*.service; config: print .*.json;", told)
 
 
 def test_selftest_of_the_configuration_prints_what_is_in_effect(
@@ -248,15 +224,6 @@ def test_selftest_of_proxmox_says_what_a_token_without_sys_audit_cannot_see(
     assert "without Sys.Audit" not in run(PROXMOX).err
 
 
-@pytest.mark.parametrize("mode", [PROXMOX, HUB])
-def test_selftest_judges_the_token_everywhere(run: Run, node: lab.SimulatedNode, mode: str) -> None:
-    node.roles["Writer"] = ("Datastore.Audit", "Datastore.Allocate")
-    node.acl.append(("/storage/local", "Writer", True))
-    outcome = run(mode)
-    assert outcome.status == OK
-    assert "Datastore.Allocate" in outcome.err
-
-
 def test_selftest_of_the_hub_prints_report_and_envelope(run: Run, hub: lab.SimulatedHub) -> None:
     outcome = run(HUB)
     assert outcome.status == OK
@@ -380,26 +347,6 @@ def test_signal_ends_a_request(
     daemon = start()
     server.wait_for_requests((answered or 0) + 1, 10)
     assert_ends(daemon)
-
-
-@pytest.mark.parametrize("section", ["proxmox", "hub"])
-def test_signal_ends_a_connect_that_nobody_accepts(start: Start, section: str) -> None:
-    with lab.black_hole() as port:
-        assert_ends(start(changes={section: {"url": f"https://127.0.0.1:{port}"}}))
-
-
-@pytest.mark.parametrize("proxy", [False, True])
-def test_signal_ends_a_handshake_and_the_wait_for_a_proxy(start: Start, proxy: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-        url = "https://hub.example.com" if proxy else f"https://{address}"
-        environment = {"https_proxy": f"http://{address}"}
-        daemon = start(changes={"hub": {"url": url}}, environment=environment)
-        with listener.accept()[0] as connection:
-            connection.settimeout(10)
-            assert connection.recv(1) == (b"C" if proxy else b"\x16")
-            assert_ends(daemon)
 
 
 def test_signal_ends_the_wait_for_systemctl(start: Start, tmp_path: Path) -> None:

@@ -35,13 +35,6 @@ def test_text_is_shown_as_one_printable_line(text: str, shown: str) -> None:
     assert agent.sanitize(text) == shown
 
 
-def test_errors_of_a_server_say_status_and_when_to_come_back() -> None:
-    error = agent.HTTPError("GET /: 503", status=503, retry_after=7)
-    assert (str(error), error.status, error.retry_after) == ("GET /: 503", 503, 7)
-    assert {agent.HTTPError.__base__, agent.TransportError.__base__} == {agent.AgentError}
-    assert not issubclass(agent.ConfigError, agent.AgentError)
-
-
 def format_line(level: str, text: str, error: Exception | None = None) -> str:
     agent.SECRETS.add(SECRET)
     traceback = (type(error), error, None) if error else None

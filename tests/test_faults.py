@@ -254,19 +254,6 @@ def test_goes_on_after_there_was_no_memory(daemon: Daemon, node: lab.SimulatedNo
     assert "MemoryError" in daemon.log.read_text("utf-8")
 
 
-def test_reads_its_files_once(daemon: Daemon, node: lab.SimulatedNode, tmp_path: Path) -> None:
-    assert node.certificates
-    for path in (tmp_path / "agent.json", node.certificates.ca_file):
-        content = path.read_bytes()
-        try:
-            path.write_bytes(b"damaged")
-            assert "accepted" in daemon.step()
-            path.unlink()
-            assert "accepted" in daemon.step()
-        finally:
-            path.write_bytes(content)
-
-
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"], ids=["closed", "full"])
 def test_goes_on_without_standard_error(
     tmp_path: Path, agent_config: Path, hub: lab.SimulatedHub, redirection: str

@@ -132,26 +132,6 @@ def test_retry_after_of_r_seconds_makes_a_report_late_by_up_to_two_r_more(second
     assert late == 2 * LONGEST_CYCLE + 2 * seconds
 
 
-def test_no_host_that_loses_two_reports_in_a_row_is_ever_overdue() -> None:
-    """Cycles of any length, reports lost at random, never three of them in a row."""
-    random.seed(1)
-
-    def answer(_now: float) -> agent.ControlEnvelope:
-        lost_in_a_row[0] = lost_in_a_row[0] + 1 if random.random() < 0.4 else 0
-        if 0 < lost_in_a_row[0] < 3:
-            raise agent.TransportError("")
-        lost_in_a_row[0] = 0
-        return ACCEPTED
-
-    for interval in (60, 300, 900):
-        lost_in_a_row = [0]
-        host = Agent(answer, end=2000 * interval)
-        host.cycle_seconds = lambda: random.random() * LONGEST_CYCLE
-        host.run(interval)
-        assert len(host.received) > 1000
-        assert interval < host.longest_silence() <= interval + TOLERANCE
-
-
 def run_fleet(answer: Answer, boots: Iterable[float], end: float, seed: int = 1) -> list[Agent]:
     random.seed(seed)
     return [Agent(answer, end, booted=booted).run(INTERVAL) for booted in boots]
@@ -173,12 +153,6 @@ def down_between(start: float, end: float, retry_after: int | None = None) -> An
         return ACCEPTED
 
     return answer
-
-
-def test_without_failures_every_report_comes_exactly_one_interval_after_the_last() -> None:
-    for one in run_fleet(accept, spread_boots(INTERVAL)[:50], 8 * INTERVAL):
-        gaps = [round(later - earlier, 6) for earlier, later in pairwise(one.received)]
-        assert set(gaps) == {INTERVAL}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import warnings
@@ -282,21 +281,6 @@ def test_redirect_is_not_followed_and_leaks_neither_secret(
 
 
 # ---- certificates --------------------------------------------------------------------------------
-
-
-def test_certificate_made_by_openssl_alone_is_accepted(tmp_path: Path) -> None:
-    """Its own CA, and without the extension keyUsage; unless it is not in ca_file.
-
-    Those of Proxmox from before and after March 2026 are `node`'s and `hub`'s in the other tests.
-    """
-    paths = {name: tmp_path / name for name in ("ca_file", "cert_file", "key_file")}
-    options = f"""-newkey rsa:2048 -nodes -subj /CN=hub -addext subjectAltName=IP:127.0.0.1
-        -out {paths["cert_file"]} -keyout {paths["key_file"]}"""
-    subprocess.run(["openssl", "req", "-x509", *options.split()], check=True, capture_output=True)
-    paths["ca_file"].write_bytes(paths["cert_file"].read_bytes())
-    with lab.SimulatedHub(lab.Certificates(**paths, fingerprint="")) as hub:
-        assert_refused(post_report, hub, "self-signed", r"hub\.ca_file", ca_file="")
-        assert post_report(hub)
 
 
 def assert_refused(

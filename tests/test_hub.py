@@ -95,27 +95,6 @@ def test_success_that_requests_nothing_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"),
-    [
-        (400, "check the hub's log"),
-        (404, f"check hub.url, to which {PATH} is added"),
-        (503, "the web server in front of the hub cannot reach it"),
-        (999, "check the hub's log"),
-    ],
-)
-def test_error_status_is_told_with_reason_and_what_helps(
-    plain_hub: lab.SimulatedHub, client: agent.HubClient, status: int, hint: str
-) -> None:
-    """The hints for all of them are in docs/messages.md, and test_messages.py asks for each."""
-    plain_hub.script(PATH, lab.Reply(status, "Odd", b"never shown"))
-    with pytest.raises(agent.HTTPError) as caught:
-        client.report(make_report())
-    assert str(caught.value) == f"POST {PATH}: {status} Odd; {hint}"
-    assert caught.value.status == status
-    assert len(plain_hub.requests) == 1
-
-
-@pytest.mark.parametrize(
     ("value", "seconds"),
     [
         *(("0", 0), ("007", 7), ("3600", 3600), ("3601", 3600), ("1" + "0" * 17, 3600), ("9 ", 9)),

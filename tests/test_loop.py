@@ -5,11 +5,9 @@ Time is a number here: nothing sleeps.
 
 from __future__ import annotations
 
-import gc
 import re
 import socket
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -19,17 +17,12 @@ from unittest import mock
 import pytest
 
 import felhom_agent as agent
-import lab
-from support import LOG, make_hub_client, make_report, messages
+from support import LOG, make_report, messages
 
 DOWN: Final = agent.TransportError("POST /report: hub.example: Connection refused; check the port")
 BUSY: Final = agent.HTTPError("POST /report: 503 Busy; wait", status=503)
 START: Final = 5000.0
 Place = Literal["collect", "report"]
-
-
-class Guest(agent.Guest):
-    """Can be referred to weakly, so it tells whether its report is still in memory."""
 
 
 class World:
@@ -54,13 +47,10 @@ class World:
         self.notified: list[str] = []
         # When the reports that were sent had been made.
         self.sent: list[str] = []
-        # For each wait whether the last report was still in memory.
-        self.kept: list[bool] = []
-        self.latest: Callable[[], object] = lambda: None
 
-    def loop(self, *, hub: agent.HubClient | None = None) -> agent.Loop:
+    def loop(self) -> agent.Loop:
         own: Any = self
-        return agent.Loop(own, hub or own, 900, logger=LOG, clock=lambda: self.now, wait=self.wait)
+        return agent.Loop(own, own, 900, logger=LOG, clock=lambda: self.now, wait=self.wait)
 
     def reply(self, place: Place) -> int | None:
         self.did.append(place)
@@ -75,8 +65,7 @@ class World:
         self.tries.append(self.now)
         self.now += self.takes
         self.reply("collect")
-        guest = Guest(vmid=100, name="", status="running")
-        self.latest = weakref.ref(guest)
+        guest = agent.Guest(vmid=100, name="", status="running")
         return make_report(guests=(guest,) * 12, reported_at=str(self.tries[-1]))
 
     def report(self, report: agent.HostReport) -> agent.ControlEnvelope:
@@ -89,7 +78,6 @@ class World:
         self.notified.append(message.partition("STATUS=")[2])
         self.did.append("wait")
         self.waits.append(seconds)
-        self.kept.append(self.latest() is not None)
         self.now += seconds
 
     @property
@@ -207,26 +195,6 @@ def test_retry_after_decides_when_the_next_try_comes(place: Place) -> None:
     with drawn(0.25):
         world.loop().run(3)
     assert world.gaps == [150, 900]
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [lab.Reply(500), lab.Reply(200, body=b"<html>"), lab.Raw(b"no HTTP"), lab.Cut()],
-    ids=type,
-)
-def test_report_that_failed_is_not_kept_in_memory(
-    plain_hub: lab.SimulatedHub, reply: lab.Answer
-) -> None:
-    world = World()
-    plain_hub.script("", lab.Forever(reply))
-    # The garbage collector may not come by for a long time.
-    gc.disable()
-    try:
-        world.loop(hub=make_hub_client(plain_hub)).run(2)
-    finally:
-        gc.enable()
-    assert len(plain_hub.requests) == 2
-    assert world.kept == [False, False]
 
 
 @pytest.mark.parametrize(
