@@ -147,6 +147,7 @@ def test_fault_in_what_only_serves_advice_costs_a_warning(
     assert run_with_fault(healthy_agent, log, fault, "permissions") == (None, healthy_agent.usual)
     (warning,) = [text for level, text in messages(log) if level == "WARNING"]
     assert warning.startswith("the token could not be checked: GET /access/permissions: ")
+    assert ("INFO", "token: problem resolved") in messages(log)
 
 
 # Of 403 see test_collector.py.
