@@ -1166,32 +1166,20 @@ def open_socket(host: str, port: int) -> socket.socket:
 
     Each address has CONNECT_SECONDS, so that one that swallows packets leaves time for the next.
     """
-    errors: list[OSError] = []
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for family, kind, protocol, _, address in addresses:
-        sock = None
-        try:
-            sock = socket.socket(family, kind, protocol)
-            sock.settimeout(CONNECT_SECONDS)
-            sock.connect(address)
-            # From here on, limit_time alone decides: a slow TLS handshake may take longer.
-            sock.settimeout(None)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except (OSError, TimeLimitExceeded) as exc:
-            if sock is not None:
-                sock.close()
-            if isinstance(exc, TimeLimitExceeded):
-                raise ConnectError("connect timeout", "connection timed out") from None
-            errors.append(exc)
+    try:
+        sock = socket.create_connection((host, port), CONNECT_SECONDS, all_errors=True)
+    except TimeLimitExceeded:
+        raise ConnectError("connect timeout", "connection timed out") from None
+    except ExceptionGroup as group:
+        # One error for each address.  Those without a route come last, so the first says most.
+        if isinstance(group.exceptions[0], TimeoutError):
+            raise ConnectError("connect timeout", "connection timed out") from None
+        raise group.exceptions[0] from None
 
-    # A refusal or a time-out says more than "Network is unreachable".
-    for error in errors:
-        if isinstance(error, TimeoutError):
-            raise ConnectError("connect timeout", "connection timed out")
-        if isinstance(error, ConnectionError):
-            raise error
-    raise errors[-1]
+    # From here on, limit_time alone decides: a slow TLS handshake may take longer.
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 class Connection(http.client.HTTPConnection):

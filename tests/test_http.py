@@ -535,6 +535,7 @@ def test_address_that_swallows_packets_has_five_seconds(
             request_to(url="https://pve1.example.lan")
 
 
+@alarm_anywhere
 @both_clients
 def test_time_limit_covers_all_addresses(resolve: Addresses, request_to: Request) -> None:
     began = time.monotonic()
@@ -563,15 +564,12 @@ def test_handshake_may_take_longer_than_connecting(
 
 
 @both_clients
-@pytest.mark.parametrize("family_first", [True, False])
-def test_failure_that_says_most_is_told(
-    resolve: Addresses, request_to: Request, family_first: bool
-) -> None:
+def test_failure_of_the_first_address_is_told(resolve: Addresses, request_to: Request) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         refused = address(listener.getsockname()[1])
-    # As ::1 is on a host without IPv6.
+    # As ::1 is on a host without IPv6: getaddrinfo puts it last.
     addresses = [refused, address(1, socket.AF_X25)]
-    resolve["server.example.lan"] = addresses[::-1] if family_first else addresses
+    resolve["server.example.lan"] = addresses
     with pytest.raises(agent.TransportError, match=r": server\.example\.lan: .*refused; .*\.url"):
         request_to(url="https://server.example.lan")
     resolve["server.example.lan"] = [addresses[1]]

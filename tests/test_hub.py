@@ -313,7 +313,7 @@ def test_no_proxy_is_honoured(
     look_up = socket.getaddrinfo
     monkeypatch.setattr(
         *(socket, "getaddrinfo"),
-        lambda _host, _port, **options: look_up("127.0.0.1", far_hub.port, **options),
+        lambda _host, _port, *options: look_up("127.0.0.1", far_hub.port, *options),
     )
     # Any proxy will do that is not used.
     for name in (os.environ["https_proxy"], "socks5://127.0.0.1:1"):
