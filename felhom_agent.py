@@ -1251,8 +1251,9 @@ class TLSConnection(Connection):
                 response.begin()
         except (ConnectError, OSError) as exc:
             raise ConnectError("proxy", describe(exc)) from None
-        except http.client.HTTPException as exc:
-            raise ConnectError("proxy", f"it does not answer as a proxy ({exc})") from None
+        except http.client.HTTPException:
+            # What it did answer may be an echo of the password.
+            raise ConnectError("proxy", "it does not answer as a proxy") from None
 
         problem = f"the proxy answers {response.status} {response.reason}"
         if response.status in (401, 407):
