@@ -575,3 +575,17 @@ def test_failure_of_the_first_address_is_told(resolve: Addresses, request_to: Re
     resolve["server.example.lan"] = [addresses[1]]
     with pytest.raises(agent.TransportError, match="family"):
         request_to(url="https://server.example.lan")
+
+
+@both_clients
+def test_reset_while_connecting_is_told(
+    request_to: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reset while sending is not, for then the response says more."""
+
+    def reset(*_: object, **__: object) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(socket, "create_connection", reset)
+    with pytest.raises(agent.TransportError, match=r"Connection reset by peer; .*\.url"):
+        request_to(url="http://127.0.0.1:1")
