@@ -1,12 +1,8 @@
-"""The simulated node and hub refuse what Proxmox and the contract refuse.
-
-What else the tests of the agent assume of them, those tests notice.
-"""
+"""The simulated hub refuses what the contract refuses, so that the other tests need not look."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import pytest
@@ -14,31 +10,6 @@ import pytest
 import felhom_agent as agent
 import lab
 from support import make_report
-
-CONFIG = "/nodes/pve1/lxc/{}/config"
-PRUNE = "/nodes/pve1/storage/{}/prunebackups?prune-backups=keep-all%3D1"
-NO_FILE = "Configuration file 'nodes/pve1/{}.conf' does not exist"
-PARAMETER = "Parameter verification failed."
-
-
-@pytest.mark.parametrize(
-    ("path", "status", "reason"),
-    [
-        (CONFIG.format(999), 500, NO_FILE.format("lxc/999")),
-        (CONFIG.format(200), 500, NO_FILE.format("lxc/200")),
-        ("/nodes/pve1/qemu/100/config", 500, NO_FILE.format("qemu-server/100")),
-        ("/cluster/resources?bogus=1", 400, PARAMETER),
-        (PRUNE.format("bak").replace("%3D", "%253D"), 400, PARAMETER),
-        (PRUNE.format("nobackup"), 500, "storage 'nobackup' does not support backups"),
-        ("/nodes/pve1/lxc", 501, "Method 'GET /nodes/pve1/lxc' not implemented"),
-        ("/nodes/pve2/status", 501, "Method 'GET /nodes/pve2/status' not implemented"),
-    ],
-)
-def test_node_refuses_with_proxmoxs_reason(path: str, status: int, reason: str) -> None:
-    reply = lab.SimulatedNode(None).usual_reply(path)
-    assert (reply.status, reply.reason) == (status, reason)
-    assert json.loads(reply.body or b"")["message"].rstrip("\n") == reason
-
 
 GUEST = agent.Guest(vmid=100, name="web", status="unknown")
 UNKNOWN = agent.StorageTarget(
