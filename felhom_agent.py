@@ -1905,9 +1905,8 @@ class Collector:
     def _log_unreported(self, entries: Entries) -> None:
         machines = select(entries, "qemu")
         if machines and "qemu" not in self._guest_types:
-            are = "virtual machine is" if len(machines) == 1 else "virtual machines are"
-            text = "%d %s not reported; add qemu to proxmox.extras"
-            self._logger.info(text, len(machines), are)
+            machine_count = plural(len(machines), "virtual machine")
+            self._logger.info("not reported: %s; add qemu to proxmox.extras", machine_count)
 
     def _check_age(
         self, age: int | None, node_status: object, node_entry: object, guests: Entries

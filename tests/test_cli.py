@@ -176,8 +176,8 @@ def test_selftest_ends_with_its_verdict(
     ("count", "extras", "told"),
     [
         (0, [], []),
-        (1, [], ["1 virtual machine is not reported; add qemu to proxmox.extras"]),
-        (3, ["storage"], ["3 virtual machines are not reported; add qemu to proxmox.extras"]),
+        (1, [], ["not reported: 1 virtual machine; add qemu to proxmox.extras"]),
+        (3, ["storage"], ["not reported: 3 virtual machines; add qemu to proxmox.extras"]),
         (3, ["qemu"], []),
     ],
 )
