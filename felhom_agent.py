@@ -1140,8 +1140,8 @@ def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     It works in the main thread only, which is the only one here.  The alarm repeats each second,
     because Python drops an exception that is raised while a finalizer runs.
     """
-    # Python runs a signal's handler when a call ends.  The last call here switches the timer off,
-    # and then the handler raises nothing.  Leaving a `with` block would be one call more.
+    # Python runs a signal's handler when a call ends: here inside the `try`, or when the timer has
+    # just been switched off, and then the handler raises nothing.
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         return call(*arguments)
