@@ -138,7 +138,12 @@ def plural(number: int, noun: str) -> str:
 
 def describe(exc: BaseException) -> str:
     """Return what happened, without "[Errno 111]", "[SSL: …]" and "(_ssl.c:1006)"."""
-    text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    text = getattr(exc, "strerror", None)
+    if not text:
+        text = str(exc)
+    if not text:
+        text = type(exc).__name__
+
     text = re.sub(r"^\[[^]]*\] ", "", text)
     return re.sub(r" \(_ssl\.c:[0-9]+\)$", "", text)
 
@@ -486,11 +491,13 @@ def find_problem(rule: Mapping[str, Any], expected_type: type, value: object) ->
     # Not isinstance: True is an int.
     if type(value) is not expected_type:
         return f"must be {rule['expected']}"
-    if value == "" and rule["required"]:
-        return "is required"
-    if value == "" or rule["is_valid"](value):
+    if value == "":
+        if rule["required"]:
+            return "is required"
         return ""
-    return f"must be {rule['expected']}"
+    if not rule["is_valid"](value):
+        return f"must be {rule['expected']}"
+    return ""
 
 
 def clamp_poll(seconds: int) -> int:
@@ -856,6 +863,7 @@ def build_details(
     measured: object = {}
     if is_running:
         measured = entry
+
     return GuestDetails(
         template=template,
         onboot=onboot,
@@ -891,6 +899,7 @@ def build_storage(entry: object, *, is_fresh: bool) -> StorageTarget:
     if total_bytes == used_bytes == 0:
         # iSCSI and ESXi have no size; 0 only stands in for it.
         total_bytes = used_bytes = None
+
     return StorageTarget(
         storage=get_text(entry, "storage") or "",
         type=get_text(entry, "plugintype") or "",
@@ -958,11 +967,13 @@ def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
         operation = lookup(task, "type")
         if ended is None or not isinstance(actor, str) or not isinstance(operation, str):
             continue
+
         if lookup(task, "tokenid"):
             actor = f"{actor}!{lookup(task, 'tokenid')}"
         # A vzdump of several guests has an empty ID.
         if lookup(task, "id"):
             operation = f"{operation} {lookup(task, 'id')}"
+
         entries.append(
             AuditEntry(
                 at=format_time(ended),
@@ -1323,11 +1334,11 @@ def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
 
 def parse_reply(content: bytes, status: int) -> dict[str, Any]:
     """Return the JSON object in a response.  Raises ValueError or RecursionError."""
-    if not content and status == 204:
-        return {}
-    # Some web servers answer an empty 200 to any path.
     if not content:
-        raise ValueError("empty")
+        if status != 204:
+            # Some web servers answer an empty 200 to any path.
+            raise ValueError("empty")
+        return {}
     reply = json.loads(content.decode("utf-8-sig"))
     if not isinstance(reply, dict):
         raise ValueError("not a JSON object")
@@ -1842,7 +1853,10 @@ class Collector:
                 others |= self.proxmox.privileges()
         except AgentError as exc:
             # This serves only warnings, unless an empty list has to be explained.
-            if not guests or (self._reads_storages and not storages):
+            lists = [guests]
+            if self._reads_storages:
+                lists.append(storages)
+            if not all(lists):
                 raise
             self._warn.update("token", f"the token could not be checked: {exc}")
             return
@@ -2063,9 +2077,11 @@ class Collector:
         if "tasks" not in self.proxmox.extras:
             return ()
         since = int(time.time()) - TASK_SECONDS
-        # The contract has no way to say that the tasks are unknown; the warning does.
         tasks = self._attempt("audit_tail", self.proxmox.tasks, since)
-        return build_audit_tail(tasks or ())
+        if tasks is None:
+            # The contract has no way to say that the tasks are unknown; the warning does.
+            return ()
+        return build_audit_tail(tasks)
 
 
 # ---- hub client ----------------------------------------------------------------------------------
