@@ -4,11 +4,11 @@ Once per interval the agent reads the node through the Proxmox API (GET requests
 whether the cloudflared tunnel is running, and posts one JSON report to the hub.  The report is the
 heartbeat: if it stops, the hub raises the alarm.
 
-The agent changes nothing, writes no file (though its archive unpacks itself at the first start),
-follows no redirect, and runs no command but `systemctl is-active UNIT`.  The token secret goes only
-to Proxmox, the API key only to the hub; both are masked in every message.  The hub can only change
-the interval (60 to 3600 seconds) and, as Proxmox can, lengthen the wait after a failure by
-Retry-After (to at most two hours).
+The agent changes nothing, writes no file (the archive that carries it unpacks itself before this
+code runs), follows no redirect, and runs no command but `systemctl is-active UNIT`.  The token
+secret goes only to Proxmox, the API key only to the hub; both are masked in every message.  The hub
+can only change the interval (60 to 3600 seconds) and, as Proxmox can, lengthen the wait after a
+failure by Retry-After (to at most two hours).
 
 Each section uses only those above it.  `Loop.cycle` is one heartbeat: `Collector.collect` builds
 the report, `HubClient.report` sends it.
@@ -67,7 +67,7 @@ REPORT_PATH: Final = "/api/v1/host-report"
 
 # What proxmox.extras may name; the descriptions are for you.  A further extra takes five places: a
 # line here; a class or fields in "wire contract", and a function there that builds them; a call in
-# "Proxmox client", unless its replies are read anyway; and a _read_ method of Collector.
+# "Proxmox client", unless its replies are read anyway; and a _read_ method that collect calls.
 EXTRAS: Final[Mapping[str, str]] = {
     "qemu": "virtual machines, too, among the guests",
     "storage": "the node's storages and how full they are",
@@ -148,11 +148,16 @@ def describe(exc: BaseException) -> str:
     return re.sub(r" \(_ssl\.c:[0-9]+\)$", "", text)
 
 
+def is_bug(exc: Exception) -> bool:
+    """Return whether a failure was not expected, so that its traceback belongs into the log."""
+    return not isinstance(exc, AgentError)
+
+
 def describe_failure(exc: Exception) -> str:
-    """Return an error's message, or the type of a bug, whose traceback goes to the log alone."""
-    if isinstance(exc, AgentError):
-        return str(exc)
-    return f"bug in the agent, please report it: {type(exc).__name__}"
+    """Return an error's message, or only the type of a bug."""
+    if is_bug(exc):
+        return f"bug in the agent, please report it: {type(exc).__name__}"
+    return str(exc)
 
 
 class LogFormatter(logging.Formatter):
@@ -249,7 +254,7 @@ def short_hostname() -> str:
     return socket.gethostname().partition(".")[0]
 
 
-def is_timeout(seconds: int) -> bool:
+def is_timeout_seconds(seconds: int) -> bool:
     return 1 <= seconds <= 300
 
 
@@ -264,7 +269,7 @@ def are_extras(words: Sequence[str]) -> bool:
 is_node_name: Final = matches("[A-Za-z0-9-]+")
 # A user's name may hold any printable ASCII but slash and colon.
 is_token_id: Final = matches(r"[!-.0-9;-~]+@[\w.-]+![\w.-]+")
-is_printable: Final = matches("[!-~]+")
+is_secret: Final = matches("[!-~]+")
 is_absolute_path: Final = matches(r"/[^\x00]*")
 is_sha256: Final = matches("([0-9A-Fa-f]{2}:?){32}")
 # systemctl would take a leading dash for an option.
@@ -282,10 +287,10 @@ class ProxmoxConfig:
     url: str = setting("https://127.0.0.1:8006", "https://host[:port]", is_root_url)
     node: str = setting(short_hostname, "the node's short name, without a domain", is_node_name)
     token_id: str = setting("", "user@realm!tokenname in ASCII", is_token_id, required=True)
-    token_secret: str = setting("", HIDDEN, is_printable, required=True, secret=True)
+    token_secret: str = setting("", HIDDEN, is_secret, required=True, secret=True)
     ca_file: str = setting("", "an absolute path", is_absolute_path)
     fingerprint: str = setting("", "a SHA-256, 64 hexadecimal digits", is_sha256)
-    timeout_seconds: int = setting(10, TIMEOUT, is_timeout)
+    timeout_seconds: int = setting(10, TIMEOUT, is_timeout_seconds)
     extras: tuple[str, ...] = setting((), f"a list of {', '.join(EXTRAS)}", are_extras)
 
 
@@ -302,10 +307,10 @@ class HubConfig:
     host_id: str = setting(
         "", "1 to 255 printable characters, without spaces at the ends", is_host_id, required=True
     )
-    api_key: str = setting("", HIDDEN, is_printable, required=True, secret=True)
+    api_key: str = setting("", HIDDEN, is_secret, required=True, secret=True)
     # Any integer is accepted and then limited, see load_config.
     poll_seconds: int = setting(900, "an integer", lambda seconds: True)
-    timeout_seconds: int = setting(30, TIMEOUT, is_timeout)
+    timeout_seconds: int = setting(30, TIMEOUT, is_timeout_seconds)
     ca_file: str = setting("", "an absolute path", is_absolute_path)
 
 
@@ -432,7 +437,10 @@ def load_section(
     problems: dict[str, str],
     warnings: list[str],
 ) -> Any:
-    """Return a section of the configuration; `problems` gets what is wrong with its values."""
+    """Return a section of the configuration; `problems` gets what is wrong with its values.
+
+    As in the example, an empty text stands for the default.
+    """
     defaults = SECTIONS[section]()
     in_file = document.get(section)
     if not isinstance(in_file, dict):
@@ -454,7 +462,6 @@ def load_section(
             except ValueError:
                 warnings.append(f"{variable} is not an integer and is ignored")
         if value == "":
-            # As in the example, this stands for the default.
             value = default
         if item.metadata["secret"] and value:
             SECRETS.add(str(value))
@@ -564,7 +571,7 @@ class GuestDetails:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
-    """A container ("lxc") or VM ("qemu"); without `spec` if its configuration could not be read.
+    """A container ("lxc") or VM ("qemu"); without `spec` if nothing tells it.
 
     In JSON, the fields of `details` are the guest's own.
     """
@@ -605,6 +612,7 @@ class Backup:
     storage: str
     volid: str
     created_at: str
+    # Reserved
     size_bytes: int | None = None
     verified: bool | None = None
 
@@ -1024,7 +1032,8 @@ def narrow_bool(value: object) -> bool | None:
 # fills in the words in braces.
 HINTS: Final[Mapping[str | int, str]] = {
     "unknown host": "check the host name in {section}.url, and this host's name servers",
-    "connect timeout": "check that the host in {section}.url is up, and firewalls on the way",
+    "connect timeout": "check that the host in {section}.url is up, firewalls on the way, and this "
+    "host's name servers",
     "tls": "check host and port in {section}.url, and that {server} speaks TLS 1.2 or 1.3 and "
     "demands no client certificate",
     "wrong name": "use a name from the certificate in hub.url",
@@ -1103,7 +1112,7 @@ class TimeLimitExceeded(Exception):
     """A request takes too long.  Not an OSError: the standard library catches those."""
 
 
-class ConnectError(Exception):
+class ConnectFailure(Exception):
     """Connecting failed; `cause` is a key of the hints."""
 
     def __init__(self, cause: str, message: str) -> None:
@@ -1113,7 +1122,7 @@ class ConnectError(Exception):
 
 def find_cause(exc: Exception) -> str:
     """Return why a request got no response, as a key of the hints."""
-    if isinstance(exc, ConnectError):
+    if isinstance(exc, ConnectFailure):
         return exc.cause
     if isinstance(exc, TimeLimitExceeded | TimeoutError):
         return "timeout"
@@ -1134,9 +1143,6 @@ def find_cause(exc: Exception) -> str:
         return "no response"
     if isinstance(exc, http.client.BadStatusLine | http.client.UnknownProtocol):
         return "not HTTP"
-    if isinstance(exc, ValueError):
-        # From read_body
-        return "unusable"
     return "no response"
 
 
@@ -1151,6 +1157,7 @@ def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     It works in the main thread only, which is the only one here.  The alarm repeats each second,
     because Python drops an exception that is raised while a finalizer runs.
     """
+    signal.signal(signal.SIGALRM, handle_alarm)
     # Python runs a signal's handler when a call ends: here inside the `try`, or when the timer has
     # just been switched off, and then the handler raises nothing.
     try:
@@ -1174,11 +1181,11 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         sock = socket.create_connection((host, port), CONNECT_SECONDS, all_errors=True)
     except TimeLimitExceeded:
-        raise ConnectError("connect timeout", "connection timed out") from None
+        raise ConnectFailure("connect timeout", "connection timed out") from None
     except ExceptionGroup as group:
         # One error for each address.  Those without a route come last, so the first says most.
         if isinstance(group.exceptions[0], TimeoutError):
-            raise ConnectError("connect timeout", "connection timed out") from None
+            raise ConnectFailure("connect timeout", "connection timed out") from None
         raise group.exceptions[0] from None
 
     # From here on, limit_time alone decides: a slow TLS handshake may take longer.
@@ -1232,19 +1239,19 @@ class TLSConnection(Connection):
             self.sock.do_handshake()
         except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
             problem = "connection closed or reset during the TLS handshake"
-            raise ConnectError("handshake", problem) from None
+            raise ConnectFailure("handshake", problem) from None
 
     def _open_tunnel(self) -> None:
         """Ask the proxy to connect to the server.  Until TLS stands, it is sent nothing else."""
         login, _, address = self._proxy.rpartition("@")
         proxy = urllib.parse.urlsplit(f"//{address}")
-        host = self.host
-        if ":" in host:
-            host = f"[{host}]"
+        server = f"{self.host}:{self.port}"
+        if ":" in self.host:
+            server = f"[{self.host}]:{self.port}"
 
         # Not http.client's own tunnel: Python 3.11 sends no Host, which some proxies demand, and
         # tells the proxy's status only in the text of an OSError.
-        lines = [f"CONNECT {host}:{self.port} HTTP/1.1", f"Host: {host}:{self.port}"]
+        lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
         if login:
             credentials = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
             lines.append(f"Proxy-Authorization: Basic {credentials}")
@@ -1254,19 +1261,19 @@ class TLSConnection(Connection):
             # Leaving this block closes the response, not the socket, which is the tunnel.
             with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
                 response.begin()
-        except (ConnectError, OSError) as exc:
-            raise ConnectError("proxy", describe(exc)) from None
+        except (ConnectFailure, OSError) as exc:
+            raise ConnectFailure("proxy", describe(exc)) from None
         except http.client.HTTPException:
-            # What it did answer may be an echo of the password.
-            raise ConnectError("proxy", "it does not answer as a proxy") from None
+            raise ConnectFailure("proxy", "it does not answer as a proxy") from None
 
-        problem = f"the proxy answers {response.status} {response.reason}"
+        # Without its reason, which may be an echo of the password.
+        problem = f"the proxy answers {response.status}"
         if response.status in (401, 407):
-            raise ConnectError("proxy login", problem)
+            raise ConnectFailure("proxy login", problem)
         if response.status >= 500:
-            raise ConnectError("behind the proxy", problem)
+            raise ConnectFailure("behind the proxy", problem)
         if not 200 <= response.status < 300:
-            raise ConnectError("proxy", problem)
+            raise ConnectFailure("proxy", problem)
 
 
 class PinnedConnection(TLSConnection):
@@ -1285,7 +1292,8 @@ class PinnedConnection(TLSConnection):
         certificate = self.sock.getpeercert(binary_form=True)
         fingerprint = hashlib.sha256(certificate).hexdigest()
         if fingerprint != self._fingerprint:
-            raise ConnectError("pin", f"its certificate has the SHA-256 {fingerprint.upper()}")
+            self.close()
+            raise ConnectFailure("pin", f"its certificate has the SHA-256 {fingerprint.upper()}")
 
 
 def new_tls_context() -> ssl.SSLContext:
@@ -1319,21 +1327,24 @@ def build_tls_context(section: str, ca_file: str) -> ssl.SSLContext:
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """Return the body.  Raises ValueError if it is too long, HTTPException if it is cut off."""
+    """Return the body, or the beginning of one that is too long; HTTPException if it is cut off."""
     body = b""
     # Not read(), which would keep every chunk, down to single bytes, as an object of its own.
     while piece := response.read1(65536):
         body += piece
         if len(body) > max_bytes:
-            raise ValueError(f"the reply is longer than {max_bytes} bytes")
+            # parse_reply refuses it.
+            return body
     # How much of Content-Length is missing
     if response.length:
         raise http.client.IncompleteRead(body, response.length)
     return body
 
 
-def parse_reply(content: bytes, status: int) -> dict[str, Any]:
+def parse_reply(content: bytes, max_bytes: int, status: int) -> dict[str, Any]:
     """Return the JSON object in a response.  Raises ValueError or RecursionError."""
+    if len(content) > max_bytes:
+        raise ValueError(f"longer than {max_bytes} bytes")
     if not content:
         if status != 204:
             # Some web servers answer an empty 200 to any path.
@@ -1377,10 +1388,8 @@ class Client:
         # What stands for the words in braces
         self._hint_words = {"section": self.section, "server": self.server}
         self._hint_words["seconds"] = str(config.timeout_seconds)
-        # Until when a request may last at most, by time.monotonic
+        # Until when a request may last at most, by time.monotonic; see ProxmoxClient.session
         self._deadline = math.inf
-        # For limit_time
-        signal.signal(signal.SIGALRM, handle_alarm)
 
     def new_connection(self) -> Connection:
         if self.url.startswith("http:"):
@@ -1419,8 +1428,8 @@ class Client:
             outcome = response.status
         except Exception as exc:
             self.close()
-            # "from None", because the original exception may quote what the server sent.
-            # A bug would end here, too: it costs this request, not the heartbeat.
+            # "from None", because the original exception may quote what the server sent.  Whatever
+            # goes wrong, even by a bug, costs this request and not the heartbeat.
             raise self._transport_error(path, exc) from None
         finally:
             milliseconds = (time.monotonic() - start) * 1000
@@ -1431,7 +1440,7 @@ class Client:
             self.close()
             raise self._http_error(path, response)
         try:
-            return parse_reply(content, response.status)
+            return parse_reply(content, self.max_bytes, response.status)
         except (ValueError, RecursionError) as exc:
             self.close()
             problem = str(exc)
@@ -1695,9 +1704,9 @@ def notify_status(summary: str) -> None:
 
 # Where the configuration has a guest's name
 CONFIG_NAME: Final = {"lxc": "hostname", "qemu": "name"}
-# No guest and no storage has this ID.  So what the token may do there is what it inherits: it may
-# do the same at each guest or storage for which the ACL has no entry of its own.  An entry that
-# hides a single guest is not noticed: Proxmox shows it nowhere.
+# No guest and no storage has this ID, so what the token may do there is inherited.  It may do the
+# same at each one for which the ACL has no entry of its own.  An entry that hides a single guest is
+# not noticed: Proxmox shows it nowhere.
 NO_SUCH_ID: Final = "999999999"
 
 
@@ -1751,8 +1760,9 @@ class Collector:
 
     If the list or the node's status cannot be read, or a list is empty and the token may be the
     reason, there is no report.  A guest whose configuration fails, and a storage whose backups
-    fail, is unknown.  Figures that are old or invalid are None.  Tasks that fail are left out.  A
-    check of the token that fails is a warning.  Each of these is logged.
+    fail, is unknown; a guest whose configuration is only refused is what the list says.  Figures
+    that are old or invalid are None.  Tasks that fail are left out.  A check of the token that
+    fails is a warning.
     """
 
     def __init__(
@@ -1831,7 +1841,7 @@ class Collector:
             value = read(*arguments)
         except Exception as exc:
             problem = f"{topic} is unknown: {describe_failure(exc)}"
-            self._warn.update(topic, problem, traceback=not isinstance(exc, AgentError))
+            self._warn.update(topic, problem, traceback=is_bug(exc))
             return None
         self._warn.resolve(topic)
         return value
@@ -1862,12 +1872,12 @@ class Collector:
             return
 
         self._warn.resolve("token")
-        self._check_view("VM.Audit", "/vms", on_guests, guests)
+        self._check_visibility("VM.Audit", "/vms", on_guests, guests)
         if self._reads_storages:
-            self._check_view("Datastore.Audit", "/storage", on_storages, storages)
+            self._check_visibility("Datastore.Audit", "/storage", on_storages, storages)
         self._check_excess(on_guests | on_storages | others)
 
-    def _check_view(
+    def _check_visibility(
         self, privilege: str, area: str, privileges: set[str], entries: Entries
     ) -> None:
         """Warn if the token may not see all entries.  Raises AgentError if there are none.
@@ -1984,7 +1994,7 @@ class Collector:
         except AgentError as exc:
             self._logger.debug("%s", exc)
             if status == "unknown":
-                # A new guest, or one that pvestatd's warning covers
+                # A new guest, or one that pvestatd's warning covers: there is nothing to add.
                 pass
             elif isinstance(exc, HTTPError) and exc.status == 403:
                 # A guest that is listed may be seen, so this is not about VM.Audit.  Proxmox VE
@@ -2016,7 +2026,7 @@ class Collector:
         """Return the storages and, if that extra is on, the newest backups on them."""
         available = [entry.get("storage") for entry in entries if is_available(entry)]
         if self._hung_storage not in available or time.monotonic() >= self._pause_end:
-            # Proxmox has noticed, or it may have been mended.
+            # Proxmox lists it as not available, or a day has passed.
             self._hung_storage = ""
 
         storages = []
@@ -2088,7 +2098,10 @@ class Collector:
 
 
 class HubHandler(urllib.request.AbstractHTTPHandler):
-    """Lets urllib.request send requests through our own connections."""
+    """Lets urllib.request send requests through our connections, instead of its own.
+
+    Those would not close a refused tunnel, nor tell a name's addresses apart.
+    """
 
     def __init__(self, new_connection: Callable[[], Connection]) -> None:
         super().__init__()
@@ -2118,7 +2131,7 @@ def find_proxy(address: str) -> str:
 
 
 class HubClient(Client):
-    """Posts reports by urllib.request, which can also use a proxy."""
+    """Posts reports by urllib.request, over a new connection each."""
 
     method = "POST"
     section = "hub"
@@ -2201,7 +2214,7 @@ class Loop:
         while cycles > 0:
             cycles -= 1
             delay, summary = self.cycle()
-            # No wait exceeds two hours; the unit's WatchdogSec= is three.
+            # No wait exceeds two hours and no cycle 36 minutes; the unit's WatchdogSec= is 3h.
             notify_status(f"{summary}, next in {delay:.0f} s")
             self.wait(delay)
 
@@ -2233,7 +2246,7 @@ class Loop:
         """Log the failure; return the seconds to wait, and a summary for systemd."""
         self._failures += 1
         problem = describe_failure(exc)
-        self._warn.update("report", problem, traceback=not isinstance(exc, AgentError))
+        self._warn.update("report", problem, traceback=is_bug(exc))
 
         retry_after = None
         if isinstance(exc, HTTPError):
@@ -2327,7 +2340,7 @@ def selftest(collector: Collector, hub: HubClient | None) -> int:
             verdict = f"report accepted by {hub.url}"
     except Exception as exc:
         result["error"] = describe_failure(exc)
-        LOG.error("%s", result["error"], exc_info=not isinstance(exc, AgentError))
+        LOG.error("%s", result["error"], exc_info=is_bug(exc))
 
     if "report" in result:
         document = result

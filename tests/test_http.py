@@ -504,7 +504,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Addresses:
     return known
 
 
-SWALLOWED: Final = r"connection timed out; .*\.url is up, and firewalls"
+SWALLOWED: Final = r"connection timed out; .*\.url is up, firewalls"
 
 
 @both_clients
