@@ -520,6 +520,98 @@ def find_credential(environ: Mapping[str, str], name: str) -> str:
     return path
 
 
+# ---- values in JSON ------------------------------------------------------------------------------
+
+
+def lookup(data: object, *keys: str) -> object:
+    """Return data[key1][key2]…, or None if a key is missing."""
+    for key in keys:
+        if not isinstance(data, dict):
+            return None
+        data = data.get(key)
+    return data
+
+
+def get_text(data: object, *keys: str) -> str | None:
+    """Return the string at `keys`, cut to 512 characters, or None if there is none."""
+    value = lookup(data, *keys)
+    if not isinstance(value, str):
+        return None
+    return encodable(value[:512])
+
+
+def encodable(text: str) -> str:
+    """Return a text that UTF-8, and so every hub, can hold: JSON may have half a surrogate pair."""
+    return text.encode(errors="replace").decode()
+
+
+def get_int(data: object, *keys: str) -> int | None:
+    return parse_int(lookup(data, *keys))
+
+
+def get_vmid(entry: object) -> int:
+    """Return the guest's ID, or 0 if it is invalid."""
+    vmid = get_int(entry, "vmid") or 0
+    if not 100 <= vmid <= 999_999_999:
+        return 0
+    return vmid
+
+
+def parse_number(value: object) -> float | None:
+    """Return a number from 0 to 2^53, or None.  Proxmox sends some numbers as strings."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = float(value)
+    # True is an int.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # Beyond that, a float no longer holds every integer.  NaN fails the comparison, too.
+    if not 0 <= value < 2**53:
+        return None
+    return value
+
+
+def parse_int(value: object) -> int | None:
+    """Return an integer from 0 to 2^53, or None."""
+    number = parse_number(value)
+    if number is None or number != int(number):
+        return None
+    return int(number)
+
+
+def parse_positive(value: object) -> int | None:
+    """Return an integer from 1 to 2^53, or None; a size or count of 0 stands in for no value."""
+    return parse_int(value) or None
+
+
+def parse_flag(value: object) -> bool | None:
+    """Return Proxmox's 0 or 1 as a boolean, or None for anything else."""
+    number = parse_int(value)
+    if number not in (0, 1):
+        return None
+    return number == 1
+
+
+def format_time(seconds: float | None = None) -> str:
+    """Return a Unix time, by default now, in RFC 3339, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def narrow_int(value: object) -> int | None:
+    # 900.0 is an integer, too; 1e99 is too large to be exact.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    # Not isinstance: True is an int.
+    if type(value) is int:
+        return value
+    return None
+
+
+def narrow_bool(value: object) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return None
+
+
 # ---- wire contract -------------------------------------------------------------------------------
 
 
@@ -668,79 +760,6 @@ class ControlEnvelope:
     blocked: bool | None
     desired_generation: int | None
     has_signed_ops: bool | None
-
-
-def lookup(data: object, *keys: str) -> object:
-    """Return data[key1][key2]…, or None if a key is missing."""
-    for key in keys:
-        if not isinstance(data, dict):
-            return None
-        data = data.get(key)
-    return data
-
-
-def get_text(data: object, *keys: str) -> str | None:
-    """Return the string at `keys`, cut to 512 characters, or None if there is none."""
-    value = lookup(data, *keys)
-    if not isinstance(value, str):
-        return None
-    return encodable(value[:512])
-
-
-def encodable(text: str) -> str:
-    """Return a text that UTF-8, and so every hub, can hold: JSON may have half a surrogate pair."""
-    return text.encode(errors="replace").decode()
-
-
-def get_int(data: object, *keys: str) -> int | None:
-    return parse_int(lookup(data, *keys))
-
-
-def get_vmid(entry: object) -> int:
-    """Return the guest's ID, or 0 if it is invalid."""
-    vmid = get_int(entry, "vmid") or 0
-    if not 100 <= vmid <= 999_999_999:
-        return 0
-    return vmid
-
-
-def parse_number(value: object) -> float | None:
-    """Return a number from 0 to 2^53, or None.  Proxmox sends some numbers as strings."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
-        value = float(value)
-    # True is an int.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # Beyond that, a float no longer holds every integer.  NaN fails the comparison, too.
-    if not 0 <= value < 2**53:
-        return None
-    return value
-
-
-def parse_int(value: object) -> int | None:
-    """Return an integer from 0 to 2^53, or None."""
-    number = parse_number(value)
-    if number is None or number != int(number):
-        return None
-    return int(number)
-
-
-def parse_positive(value: object) -> int | None:
-    """Return an integer from 1 to 2^53, or None; a size or count of 0 stands in for no value."""
-    return parse_int(value) or None
-
-
-def parse_flag(value: object) -> bool | None:
-    """Return Proxmox's 0 or 1 as a boolean, or None for anything else."""
-    number = parse_int(value)
-    if number not in (0, 1):
-        return None
-    return number == 1
-
-
-def format_time(seconds: float | None = None) -> str:
-    """Return a Unix time, by default now, in RFC 3339, UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def build_host(node: str, node_status: object, entry: object) -> HostMetrics:
@@ -1003,22 +1022,6 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
         desired_generation=narrow_int(reply.get("desired_generation")),
         has_signed_ops=narrow_bool(reply.get("has_signed_ops")),
     )
-
-
-def narrow_int(value: object) -> int | None:
-    # 900.0 is an integer, too; 1e99 is too large to be exact.
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    # Not isinstance: True is an int.
-    if type(value) is int:
-        return value
-    return None
-
-
-def narrow_bool(value: object) -> bool | None:
-    if isinstance(value, bool):
-        return value
-    return None
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
@@ -1938,21 +1941,21 @@ class Collector:
         unmeasured = find_unmeasured(guests)
         hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
         problem = ""
+        if not is_fresh:
+            problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so "
+            problem += f"all guests are unknown; {hint}"
+        elif unmeasured:
+            problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
+
+        uptime = get_int(node_status, "uptime")
         if get_text(node_entry, "status") == "offline":
             # The age decides all the same what is believed.
             problem = (
                 f"Proxmox lists node {self.proxmox.node} as offline; check pvecm status, and "
                 "systemctl status corosync pve-cluster"
             )
-        elif not is_fresh or unmeasured:
-            uptime = get_int(node_status, "uptime")
-            if uptime is not None and uptime < BOOT_SECONDS:
-                raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
-            if is_fresh:
-                problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
-            else:
-                problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so "
-                problem += f"all guests are unknown; {hint}"
+        elif problem and uptime is not None and uptime < BOOT_SECONDS:
+            raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
         self._warn.update("pvestatd", problem)
         return is_fresh
 
@@ -2086,12 +2089,13 @@ class Collector:
     def _read_tasks(self) -> Sequence[AuditEntry]:
         if "tasks" not in self.proxmox.extras:
             return ()
+        # The contract has no way to say that the tasks are unknown; the warning does.
+        return self._attempt("audit_tail", self._fetch_tasks) or ()
+
+    def _fetch_tasks(self) -> Sequence[AuditEntry]:
+        """Return the tasks of the last day.  Raises AgentError."""
         since = int(time.time()) - TASK_SECONDS
-        tasks = self._attempt("audit_tail", self.proxmox.tasks, since)
-        if tasks is None:
-            # The contract has no way to say that the tasks are unknown; the warning does.
-            return ()
-        return build_audit_tail(tasks)
+        return build_audit_tail(self.proxmox.tasks(since))
 
 
 # ---- hub client ----------------------------------------------------------------------------------
