@@ -380,6 +380,7 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
     for name in SECTIONS:
         sections[name] = load_section(name, document, environ, problems, warnings)
     proxmox, hub = sections["proxmox"], sections["hub"]
+    # A URL that is invalid has been replaced by the default.
     for key, url in (("proxmox.url", proxmox.url), ("hub.url", hub.url)):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme == "http" and not is_loopback(parts.hostname):
@@ -596,7 +597,7 @@ def format_time(seconds: float | None = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def narrow_int(value: object) -> int | None:
+def expect_int(value: object) -> int | None:
     # 900.0 is an integer, too; 1e99 is too large to be exact.
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
@@ -606,7 +607,7 @@ def narrow_int(value: object) -> int | None:
     return None
 
 
-def narrow_bool(value: object) -> bool | None:
+def expect_bool(value: object) -> bool | None:
     if isinstance(value, bool):
         return value
     return None
@@ -879,6 +880,7 @@ def build_details(
     """Build a guest's details from its entry, and `onboot` from its configuration if it was read.
 
     Proxmox keeps lock, tags and HA state exact; the rest is pvestatd's, and only true if fresh.
+    What is running is fresh, or its status would be unknown.
     """
     template = None
     if is_fresh:
@@ -1017,22 +1019,16 @@ def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
 def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
     """Build the envelope with None for each value of another type than expected."""
     return ControlEnvelope(
-        poll_interval_seconds=narrow_int(reply.get("poll_interval_seconds")),
-        blocked=narrow_bool(reply.get("blocked")),
-        desired_generation=narrow_int(reply.get("desired_generation")),
-        has_signed_ops=narrow_bool(reply.get("has_signed_ops")),
+        poll_interval_seconds=expect_int(reply.get("poll_interval_seconds")),
+        blocked=expect_bool(reply.get("blocked")),
+        desired_generation=expect_int(reply.get("desired_generation")),
+        has_signed_ops=expect_bool(reply.get("has_signed_ops")),
     )
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
-#
-# Client.request limits the time of Client._exchange.  That calls open_response of the Proxmox or of
-# the hub client, which sends the request through a Connection: for Proxmox one that is kept, for
-# the hub one that urllib.request uses.  http.client's request() calls our send(), and that calls
-# connect() first.
-
-# What to do, by cause or by HTTP status: for both servers, for Proxmox, for the hub.  Each client
-# fills in the words in braces.
+# What to do, by cause or by HTTP status.  Each client has more of these, and fills in the words in
+# braces.
 HINTS: Final[Mapping[str | int, str]] = {
     "unknown host": "check the host name in {section}.url, and this host's name servers",
     "connect timeout": "check that the host in {section}.url is up, firewalls on the way, and this "
@@ -1047,63 +1043,6 @@ HINTS: Final[Mapping[str | int, str]] = {
     "redirect": "{server} must answer at this exact path, without a login; if only https or the "
     "host differs, change {section}.url",
 }
-PROXMOX_HINTS: Final[Mapping[str | int, str]] = {
-    **HINTS,
-    "refused": "check systemctl status pveproxy, and host and port in proxmox.url",
-    "handshake": "check systemctl status pveproxy, and ALLOW_FROM in /etc/default/pveproxy",
-    "pin": "compare proxmox.fingerprint with pvenode cert info",
-    "wrong name": "use a name from the certificate in proxmox.url (pvenode cert info lists them)",
-    "unknown CA": "set proxmox.ca_file to the server's root CA (Proxmox's own is "
-    "/etc/pve/pve-root-ca.pem); or the server does not send its intermediate certificates",
-    "not from ca_file": "if the certificate was replaced by a public one, set proxmox.ca_file to "
-    '"" and use a name from the certificate in proxmox.url; if that file has changed since the '
-    "agent started, restart the agent; or the server does not send its intermediate certificates",
-    "timeout": "check systemctl status pveproxy pve-cluster, network and name servers, or raise "
-    "proxmox.timeout_seconds ({seconds})",
-    "no response": "check systemctl status pveproxy pve-cluster, and proxmox.url (http or https, "
-    "host, port)",
-    "storage": "check pvesm status, and what the storage runs on; pveproxy gives up after 30 s",
-    401: "check proxmox.token_id and proxmox.token_secret; pveum user token list {user} and pveum "
-    "user list show what is expired or disabled",
-    403: "run: pveum acl modify / --users {user} --tokens {token} --roles PVEAuditor; if pveum acl "
-    "list shows it already, a role or NoAccess on a lower path overrides it",
-    500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or migrated",
-    # pveproxy could not pass the request on to pvedaemon or to another node.
-    **dict.fromkeys(
-        range(595, 600), "check that node {node} is up, and systemctl status pvedaemon on it"
-    ),
-    "other status": "check systemctl status pveproxy pve-cluster",
-}
-HUB_HINTS: Final[Mapping[str | int, str]] = {
-    **HINTS,
-    "refused": "check that the hub is running, and host and port in hub.url",
-    "handshake": "check the web server in front of the hub, and hub.url",
-    "proxy": "check https_proxy, and that the proxy allows host and port; or set no_proxy",
-    "proxy login": "check user and password in https_proxy",
-    "behind the proxy": "the proxy cannot reach the hub; check hub.url",
-    "unknown CA": "set hub.ca_file to the server's root CA; or the server does not send its "
-    "intermediate certificates",
-    "not from ca_file": "check that hub.ca_file has the server's root CA; if that file has changed "
-    "since the agent started, restart the agent; or the server does not send its intermediate "
-    "certificates",
-    "timeout": "check the hub's log, network and name servers, or raise hub.timeout_seconds "
-    "({seconds})",
-    "no response": "check the hub's log, and hub.url (http or https, host, port)",
-    401: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
-    403: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
-    404: f"check hub.url, to which {REPORT_PATH} is added",
-    405: f"check hub.url, to which {REPORT_PATH} is added",
-    413: "let the hub, and the web server in front of it, accept 4 MiB",
-    421: "the web server in front of the hub does not serve this name; check hub.url",
-    429: "the hub asks the agent to wait",
-    511: "this network wants a login before it lets anything through",
-    # 520 to 530 are Cloudflare's.
-    **dict.fromkeys(
-        (502, 503, 504, *range(520, 528), 530), "the web server in front of the hub cannot reach it"
-    ),
-    "other status": "check the hub's log",
-}
-
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
 WRONG_NAME_CODES: Final = (62, 64)
 # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, _DEPTH_ZERO_SELF_SIGNED_CERT, _SELF_SIGNED_CERT_IN_CHAIN,
@@ -1149,6 +1088,12 @@ def find_cause(exc: Exception) -> str:
     return "no response"
 
 
+def handle_alarm(*_: object) -> None:
+    # With the timer off, the call had just ended, or somebody else has sent the signal.
+    if signal.getitimer(signal.ITIMER_REAL) != (0, 0):
+        raise TimeLimitExceeded("timed out")
+
+
 def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     """Return call(*arguments), or raise TimeLimitExceeded in the middle of it after `seconds`.
 
@@ -1161,19 +1106,13 @@ def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     because Python drops an exception that is raised while a finalizer runs.
     """
     signal.signal(signal.SIGALRM, handle_alarm)
-    # Python runs a signal's handler when a call ends: here inside the `try`, or when the timer has
-    # just been switched off, and then the handler raises nothing.
+    # An alarm that comes while it is being switched off does nothing: Python runs the handler when
+    # setitimer has ended, and handle_alarm then finds the timer off.
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         return call(*arguments)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def handle_alarm(*_: object) -> None:
-    # With the timer off, somebody else has sent the signal, or the call had just ended.
-    if signal.getitimer(signal.ITIMER_REAL) != (0, 0):
-        raise TimeLimitExceeded("timed out")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -1206,8 +1145,7 @@ class Connection(http.client.HTTPConnection):
         self.sock = open_socket(self.host, self.port)
 
     def send(self, data: Any) -> None:
-        # On its own, because http.client would connect as a part of sending, and errors of sending
-        # are passed over below.
+        # First, so that its errors are not passed over below.
         if self.sock is None:
             self.connect()
         # A server that refuses a request may close the connection before it has read all of it.
@@ -1235,7 +1173,8 @@ class TLSConnection(Connection):
             super().connect()
 
         try:
-            # The handshake by itself: wrap_socket skips it if the connection was just reset.
+            # The handshake by itself: wrap_socket would return without one, and so without TLS, if
+            # the connection was just reset.
             self.sock = self._context.wrap_socket(
                 self.sock, server_hostname=self.host, do_handshake_on_connect=False
             )
@@ -1261,7 +1200,8 @@ class TLSConnection(Connection):
         try:
             self.sock = open_socket(str(proxy.hostname), int(proxy.port or 0))
             self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
-            # Leaving this block closes the response, not the socket, which is the tunnel.
+            # Leaving this block closes the response, not the socket, which is the tunnel.  Nothing
+            # of TLS can be lost with it, since there the client speaks first.
             with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
                 response.begin()
         except (ConnectFailure, OSError) as exc:
@@ -1368,7 +1308,12 @@ def parse_retry_after(text: str) -> int | None:
 
 
 class Client:
-    """What both clients share: one request within a time limit, and errors with a hint."""
+    """What both clients share: one request within a time limit, and errors with a hint.
+
+    `request` limits the time of `_exchange`.  That calls `open_response` of the Proxmox or of the
+    hub client, which sends the request through a Connection: for Proxmox one that is kept, for the
+    hub one that urllib.request uses.  http.client calls its `send`, and that calls `connect` first.
+    """
 
     method: str
     # The section of the configuration, and what the server is called in messages
@@ -1429,10 +1374,16 @@ class Client:
         try:
             response, content = limit_time(seconds, self._exchange, path, body)
             outcome = response.status
-        except Exception as exc:
+        except (
+            ConnectFailure,
+            TimeLimitExceeded,
+            http.client.HTTPException,
+            OSError,
+            ValueError,
+        ) as exc:
+            # ValueError if a label of the host's name is too long.
             self.close()
-            # "from None", because the original exception may quote what the server sent.  Whatever
-            # goes wrong, even by a bug, costs this request and not the heartbeat.
+            # "from None", because the original exception may quote what the server sent.
             raise self._transport_error(path, exc) from None
         finally:
             milliseconds = (time.monotonic() - start) * 1000
@@ -1502,6 +1453,35 @@ class Client:
 
 # The types of guests, and what they are called in messages
 GUEST_TYPES: Final[Mapping[str, str]] = {"lxc": "containers", "qemu": "virtual machines"}
+
+
+PROXMOX_HINTS: Final[Mapping[str | int, str]] = {
+    **HINTS,
+    "refused": "check systemctl status pveproxy, and host and port in proxmox.url",
+    "handshake": "check systemctl status pveproxy, and ALLOW_FROM in /etc/default/pveproxy",
+    "pin": "compare proxmox.fingerprint with pvenode cert info",
+    "wrong name": "use a name from the certificate in proxmox.url (pvenode cert info lists them)",
+    "unknown CA": "set proxmox.ca_file to the server's root CA (Proxmox's own is "
+    "/etc/pve/pve-root-ca.pem); or the server does not send its intermediate certificates",
+    "not from ca_file": "if the certificate was replaced by a public one, set proxmox.ca_file to "
+    '"" and use a name from the certificate in proxmox.url; if that file has changed since the '
+    "agent started, restart the agent; or the server does not send its intermediate certificates",
+    "timeout": "check systemctl status pveproxy pve-cluster, network and name servers, or raise "
+    "proxmox.timeout_seconds ({seconds})",
+    "no response": "check systemctl status pveproxy pve-cluster, and proxmox.url (http or https, "
+    "host, port)",
+    "storage": "check pvesm status, and what the storage runs on; pveproxy gives up after 30 s",
+    401: "check proxmox.token_id and proxmox.token_secret; pveum user token list {user} and pveum "
+    "user list show what is expired or disabled",
+    403: "run: pveum acl modify / --users {user} --tokens {token} --roles PVEAuditor; if pveum acl "
+    "list shows it already, a role or NoAccess on a lower path overrides it",
+    500: "check journalctl -u pveproxy -u pve-cluster, unless a guest was just removed or migrated",
+    # pveproxy could not pass the request on to pvedaemon or to another node.
+    **dict.fromkeys(
+        range(595, 600), "check that node {node} is up, and systemctl status pvedaemon on it"
+    ),
+    "other status": "check systemctl status pveproxy pve-cluster",
+}
 
 
 class ProxmoxClient(Client):
@@ -1707,9 +1687,9 @@ def notify_status(summary: str) -> None:
 
 # Where the configuration has a guest's name
 CONFIG_NAME: Final = {"lxc": "hostname", "qemu": "name"}
-# No guest and no storage has this ID, so what the token may do there is inherited.  It may do the
-# same at each one for which the ACL has no entry of its own.  An entry that hides a single guest is
-# not noticed: Proxmox shows it nowhere.
+# The agent asks what the token may do at a guest or storage that does not exist, to learn what it
+# inherits from /vms or /storage, and so has at each one for which the ACL has no entry of its own.
+# An entry that hides a single guest is not noticed: Proxmox shows it nowhere.
 NO_SUCH_ID: Final = "999999999"
 
 
@@ -1817,7 +1797,8 @@ class Collector:
                 self._log_unreported(entries)
 
             age = get_list_age(node_status, node_entry)
-            is_fresh = self._check_age(age, node_status, node_entry, guest_entries)
+            is_fresh = age is not None and age <= MAX_LIST_AGE_SECONDS
+            self._check_pvestatd(is_fresh, node_status, node_entry, guest_entries)
             if not is_fresh:
                 node_entry = {}
             host = build_host(self.proxmox.node, node_status, node_entry)
@@ -1929,15 +1910,14 @@ class Collector:
             machine_count = plural(len(machines), "virtual machine")
             self._logger.info("not reported: %s; add qemu to proxmox.extras", machine_count)
 
-    def _check_age(
-        self, age: int | None, node_status: object, node_entry: object, guests: Entries
-    ) -> bool:
-        """Return whether the list is fresh enough to believe; warn if pvestatd does not measure.
+    def _check_pvestatd(
+        self, is_fresh: bool, node_status: object, node_entry: object, guests: Entries
+    ) -> None:
+        """Warn if pvestatd does not measure.
 
         Proxmox repeats pvestatd's last values for 5 minutes, and then lists all guests as unknown.
         Raises AgentError after a boot until pvestatd's first round is over.
         """
-        is_fresh = age is not None and age <= MAX_LIST_AGE_SECONDS
         unmeasured = find_unmeasured(guests)
         hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
         problem = ""
@@ -1949,7 +1929,6 @@ class Collector:
 
         uptime = get_int(node_status, "uptime")
         if get_text(node_entry, "status") == "offline":
-            # The age decides all the same what is believed.
             problem = (
                 f"Proxmox lists node {self.proxmox.node} as offline; check pvecm status, and "
                 "systemctl status corosync pve-cluster"
@@ -1957,7 +1936,6 @@ class Collector:
         elif problem and uptime is not None and uptime < BOOT_SECONDS:
             raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
         self._warn.update("pvestatd", problem)
-        return is_fresh
 
     def _read_guests(self, entries: Entries, cpu_count: int | None, is_fresh: bool) -> list[Guest]:
         """Read each guest, and warn once of all that fail, because they mostly have one cause."""
@@ -2099,6 +2077,36 @@ class Collector:
 
 
 # ---- hub client ----------------------------------------------------------------------------------
+
+HUB_HINTS: Final[Mapping[str | int, str]] = {
+    **HINTS,
+    "refused": "check that the hub is running, and host and port in hub.url",
+    "handshake": "check the web server in front of the hub, and hub.url",
+    "proxy": "check https_proxy, and that the proxy allows host and port; or set no_proxy",
+    "proxy login": "check user and password in https_proxy",
+    "behind the proxy": "the proxy cannot reach the hub; check hub.url",
+    "unknown CA": "set hub.ca_file to the server's root CA; or the server does not send its "
+    "intermediate certificates",
+    "not from ca_file": "check that hub.ca_file has the server's root CA; if that file has changed "
+    "since the agent started, restart the agent; or the server does not send its intermediate "
+    "certificates",
+    "timeout": "check the hub's log, network and name servers, or raise hub.timeout_seconds "
+    "({seconds})",
+    "no response": "check the hub's log, and hub.url (http or https, host, port)",
+    401: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
+    403: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
+    404: f"check hub.url, to which {REPORT_PATH} is added",
+    405: f"check hub.url, to which {REPORT_PATH} is added",
+    413: "let the hub, and the web server in front of it, accept 4 MiB",
+    421: "the web server in front of the hub does not serve this name; check hub.url",
+    429: "the hub asks the agent to wait",
+    511: "this network wants a login before it lets anything through",
+    # 520 to 530 are Cloudflare's.
+    **dict.fromkeys(
+        (502, 503, 504, *range(520, 528), 530), "the web server in front of the hub cannot reach it"
+    ),
+    "other status": "check the hub's log",
+}
 
 
 class HubHandler(urllib.request.AbstractHTTPHandler):

@@ -580,3 +580,15 @@ def test_reset_while_connecting_is_told(
     monkeypatch.setattr(socket, "create_connection", reset)
     with pytest.raises(agent.TransportError, match=r"Connection reset by peer; .*\.url"):
         request_to(url="http://127.0.0.1:1")
+
+
+@both_clients
+def test_label_that_is_too_long_is_a_failure_and_a_bug_is_none(
+    request_to: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug's traceback has to reach the log."""
+    with pytest.raises(agent.TransportError, match=r"label .*too long.*\.url"):
+        request_to(url=f"https://{'a' * 64}.example.com")
+    monkeypatch.setattr(agent, "open_socket", lambda: None)
+    with pytest.raises(TypeError):
+        request_to(url="http://127.0.0.1:1")
