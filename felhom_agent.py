@@ -1027,6 +1027,7 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
+
 # What to do, by cause or by HTTP status.  Each client has more of these, and fills in the words in
 # braces.
 HINTS: Final[Mapping[str | int, str]] = {
@@ -1035,7 +1036,6 @@ HINTS: Final[Mapping[str | int, str]] = {
     "host's name servers",
     "tls": "check host and port in {section}.url, and that {server} speaks TLS 1.2 or 1.3 and "
     "demands no client certificate",
-    "wrong name": "use a name from the certificate in hub.url",
     "bad certificate": "renew the certificate or its CA, or fix this host's clock",
     "no time left": "raise {section}.timeout_seconds ({seconds})",
     "not HTTP": "check host and port in {section}.url",
@@ -1043,6 +1043,7 @@ HINTS: Final[Mapping[str | int, str]] = {
     "redirect": "{server} must answer at this exact path, without a login; if only https or the "
     "host differs, change {section}.url",
 }
+
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
 WRONG_NAME_CODES: Final = (62, 64)
 # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, _DEPTH_ZERO_SELF_SIGNED_CERT, _SELF_SIGNED_CERT_IN_CHAIN,
@@ -2085,6 +2086,7 @@ HUB_HINTS: Final[Mapping[str | int, str]] = {
     "proxy": "check https_proxy, and that the proxy allows host and port; or set no_proxy",
     "proxy login": "check user and password in https_proxy",
     "behind the proxy": "the proxy cannot reach the hub; check hub.url",
+    "wrong name": "use a name from the certificate in hub.url",
     "unknown CA": "set hub.ca_file to the server's root CA; or the server does not send its "
     "intermediate certificates",
     "not from ca_file": "check that hub.ca_file has the server's root CA; if that file has changed "
