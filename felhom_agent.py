@@ -1451,10 +1451,8 @@ class Client:
 
 # ---- Proxmox client ------------------------------------------------------------------------------
 
-
 # The types of guests, and what they are called in messages
 GUEST_TYPES: Final[Mapping[str, str]] = {"lxc": "containers", "qemu": "virtual machines"}
-
 
 PROXMOX_HINTS: Final[Mapping[str | int, str]] = {
     **HINTS,
