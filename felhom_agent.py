@@ -640,7 +640,8 @@ class HostMetrics:
 class GuestSpec:
     """A guest's configured resources, the same whether it runs or not.
 
-    `disk_bytes`: of a container the root volume, without mount points; of a VM all disks.
+    `disk_bytes`: of a container the root volume, without mount points; of a VM all disks but
+    those for EFI and TPM.
     """
 
     cores: int | None
@@ -673,6 +674,7 @@ class Guest:
     type: str = "lxc"
     name: str
     status: str
+    # Reserved
     controller_version: str = ""
     spec: GuestSpec | None = None
     details: GuestDetails | None = None
@@ -834,7 +836,7 @@ def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | N
 def build_listed_spec(entry: object) -> GuestSpec:
     """Build the spec of a guest whose configuration the token may not read, from its entry.
 
-    `maxcpu` is a fraction if it is a CPU limit, so that cores are unknown, and `maxdisk` may be the
+    `maxcpu` may be a CPU limit; if that is a fraction, cores are unknown.  `maxdisk` may be the
     size of the host's file system.
     """
     return GuestSpec(
@@ -880,7 +882,7 @@ def build_details(
     """Build a guest's details from its entry, and `onboot` from its configuration if it was read.
 
     Proxmox keeps lock, tags and HA state exact; the rest is pvestatd's, and only true if fresh.
-    What is running is fresh, or its status would be unknown.
+    `is_running` implies `is_fresh`, see Collector._read_guest.
     """
     template = None
     if is_fresh:
@@ -1126,7 +1128,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     except TimeLimitExceeded:
         raise ConnectFailure("connect timeout", "connection timed out") from None
     except ExceptionGroup as group:
-        # One error for each address.  Those without a route come last, so the first says most.
+        # One error for each address.  getaddrinfo puts those last to which this host has no route,
+        # so the first says most.
         if isinstance(group.exceptions[0], TimeoutError):
             raise ConnectFailure("connect timeout", "connection timed out") from None
         raise group.exceptions[0] from None
@@ -1201,8 +1204,8 @@ class TLSConnection(Connection):
         try:
             self.sock = open_socket(str(proxy.hostname), int(proxy.port or 0))
             self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
-            # Leaving this block closes the response, not the socket, which is the tunnel.  Nothing
-            # of TLS can be lost with it, since there the client speaks first.
+            # Leaving this block closes the file from which the response is read, not the socket,
+            # which is the tunnel.  Nothing of TLS is lost with it: there the client speaks first.
             with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
                 response.begin()
         except (ConnectFailure, OSError) as exc:
@@ -1279,7 +1282,7 @@ def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             # parse_reply refuses it.
             return body
-    # How much of Content-Length is missing
+    # How much of Content-Length is missing: read1 counts it down; None if the body is chunked
     if response.length:
         raise http.client.IncompleteRead(body, response.length)
     return body
@@ -1380,9 +1383,9 @@ class Client:
             TimeLimitExceeded,
             http.client.HTTPException,
             OSError,
-            ValueError,
+            UnicodeError,
         ) as exc:
-            # ValueError if a label of the host's name is too long.
+            # UnicodeError if a label of the host's name is too long.
             self.close()
             # "from None", because the original exception may quote what the server sent.
             raise self._transport_error(path, exc) from None
@@ -1717,7 +1720,8 @@ def get_list_age(node_status: object, node_entry: object) -> int | None:
 def find_unmeasured(guests: Entries) -> str:
     """Return which kinds of guests are all listed as unknown, in words, or an empty string.
 
-    A kind with a single guest does not count, since that may be new, unless all are unknown.
+    A kind with a single guest does not count, since that may be new, unless all are unknown: with
+    one container and two VMs, the VMs count if both are unknown, the container only with them.
     """
     all_unknown = all(entry.get("status") == "unknown" for entry in guests)
     kinds = []
@@ -1845,7 +1849,7 @@ class Collector:
             if all_paths:
                 others |= self.proxmox.privileges()
         except AgentError as exc:
-            # This serves only warnings, unless an empty list has to be explained.
+            # This serves only warnings, unless a list is empty, perhaps for want of a privilege.
             lists = [guests]
             if self._reads_storages:
                 lists.append(storages)
