@@ -1942,7 +1942,7 @@ class Collector:
 
     def _read_guests(self, entries: Entries, cpu_count: int | None, is_fresh: bool) -> list[Guest]:
         """Read each guest, and warn once of all that fail, because they mostly have one cause."""
-        failures: list[AgentError] = []
+        failures: list[str] = []
         guests = [self._read_guest(entry, cpu_count, is_fresh, failures) for entry in entries]
 
         problem = ""
@@ -1959,9 +1959,9 @@ class Collector:
         entry: Mapping[str, object],
         cpu_count: int | None,
         is_fresh: bool,
-        failures: list[AgentError],
+        failures: list[str],
     ) -> Guest:
-        """Return a guest; if its configuration fails, it is unknown, and `failures` gets the error.
+        """Return a guest; if its configuration fails, it is unknown; `failures` gets the message.
 
         If that is only refused, the list has what is needed.
         """
@@ -1986,7 +1986,8 @@ class Collector:
                 spec = build_listed_spec(entry)
             else:
                 status = "unknown"
-                failures.append(exc)
+                # Its message alone: the error itself holds on to all that was read.
+                failures.append(str(exc))
 
         details = None
         if "details" in self.proxmox.extras:

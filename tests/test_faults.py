@@ -182,6 +182,15 @@ def traced_memory() -> Iterator[None]:
         tracemalloc.stop()
 
 
+def test_floods_of_all_guests_are_not_in_memory_together(plain_node: lab.SimulatedNode) -> None:
+    plain_node.guests, flood = lab.many_guests(10), lab.Reply(body=faults.FLOOD)
+    plain_node.script("/nodes/pve1/lxc/", lab.Forever(flood))
+    collector = make_collector(plain_node)
+    with traced_memory():
+        collector.collect()
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+
+
 @pytest.mark.parametrize(("place", "maximum_mib"), [("status", 20), ("hub", 4)])
 @pytest.mark.parametrize("fault", FLOODS, ids=NAME)
 def test_flood_takes_little_more_memory_than_the_cap(
