@@ -206,12 +206,10 @@ def setting(
 ) -> Any:
     """Return a field of the configuration with its rule.
 
-    The rule is what a value must be, in words and as a check; whether there must be one, that is
-    not empty; and whether it is masked.  The default may be a function.
+    The rule is what a value must be, in words and as a check; whether there must be one; and
+    whether it is masked.
     """
     rule = {"expected": expected, "is_valid": is_valid, "required": required, "secret": secret}
-    if callable(default):
-        return field(default_factory=default, metadata=rule)
     return field(default=default, metadata=rule, repr=not secret)
 
 
@@ -250,10 +248,6 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-def short_hostname() -> str:
-    return socket.gethostname().partition(".")[0]
-
-
 def is_timeout_seconds(seconds: int) -> bool:
     return 1 <= seconds <= 300
 
@@ -275,6 +269,8 @@ is_sha256: Final = matches("([0-9A-Fa-f]{2}:?){32}")
 # systemctl would take a leading dash for an option.
 is_unit_name: Final = matches(r"[\w:.@\\][\w:.@\\-]{0,254}")
 
+SHORT_HOSTNAME: Final = socket.gethostname().partition(".")[0]
+
 # Words that two settings share
 HIDDEN: Final = "printable ASCII without spaces (not shown)"
 TIMEOUT: Final = "an integer from 1 to 300"
@@ -285,7 +281,7 @@ class ProxmoxConfig:
     """The Proxmox API; `timeout_seconds` limits each request."""
 
     url: str = setting("https://127.0.0.1:8006", "https://host[:port]", is_root_url)
-    node: str = setting(short_hostname, "the node's short name, without a domain", is_node_name)
+    node: str = setting(SHORT_HOSTNAME, "the node's short name, without a domain", is_node_name)
     token_id: str = setting("", "user@realm!tokenname in ASCII", is_token_id, required=True)
     token_secret: str = setting("", HIDDEN, is_secret, required=True, secret=True)
     ca_file: str = setting("", "an absolute path", is_absolute_path)
@@ -366,21 +362,19 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
     path = requested or DEFAULT_PATH
     document = read_config_file(path, may_be_missing=not requested)
 
-    problems: dict[str, str] = {}
-    # Logged only when all secrets are known, and so masked
-    warnings: list[str] = []
-    for name, values in document.items():
-        # authz is reserved for a later version; this one has no use for it.
-        if name not in (*SECTIONS, "authz"):
-            warnings.append(f"unknown key {sanitize(name)} is ignored")
-        elif not isinstance(values, dict):
-            problems[name] = "must be an object"
+    # Every value is read before anything is logged, so that the secrets are masked there.
+    values = {name: read_section(name, document, environ) for name in SECTIONS}
 
-    sections = {}
-    for name in SECTIONS:
-        sections[name] = load_section(name, document, environ, problems, warnings)
+    problems = check_names(document)
+    sections: dict[str, Any] = {}
+    for name, section_type in SECTIONS.items():
+        for key, problem in find_problems(section_type, values[name]).items():
+            problems[f"{name}.{key}"] = problem
+            # Until validate raises, the default stands for it.
+            values[name].pop(key, None)
+        sections[name] = section_type(**values[name])
+
     proxmox, hub = sections["proxmox"], sections["hub"]
-    # A URL that is invalid has been replaced by the default.
     for key, url in (("proxmox.url", proxmox.url), ("hub.url", hub.url)):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme == "http" and not is_loopback(parts.hostname):
@@ -388,13 +382,11 @@ def load_config(path: str | None, environ: Mapping[str, str]) -> Config:
 
     poll_seconds = clamp_poll(hub.poll_seconds)
     if poll_seconds != hub.poll_seconds:
-        warnings.append(f"hub.poll_seconds: must be from 60 to 3600, using {poll_seconds}")
+        text = "config: hub.poll_seconds: must be from 60 to 3600, using %d"
+        LOG.warning(text, poll_seconds)
         sections["hub"] = dataclasses.replace(hub, poll_seconds=poll_seconds)
-
     if path != credential:
         check_config_file(path)
-    for warning in warnings:
-        LOG.warning("config: %s", warning)
     return Config(**sections, problems=problems)
 
 
@@ -431,25 +423,19 @@ def check_config_file(path: str) -> None:
         LOG.warning(text, sanitize(path), sanitize(shlex.quote(path)))
 
 
-def load_section(
-    section: str,
-    document: Mapping[str, Any],
-    environ: Mapping[str, str],
-    problems: dict[str, str],
-    warnings: list[str],
-) -> Any:
-    """Return a section of the configuration; `problems` gets what is wrong with its values.
+def read_section(
+    section: str, document: Mapping[str, Any], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the values that are set in a section, not yet judged; a variable overrides the file.
 
     As in the example, an empty text stands for the default.
     """
-    defaults = SECTIONS[section]()
     in_file = document.get(section)
     if not isinstance(in_file, dict):
         in_file = {}
 
     values: dict[str, Any] = {}
-    for item in dataclasses.fields(defaults):
-        default = getattr(defaults, item.name)
+    for item in dataclasses.fields(SECTIONS[section]):
         value = in_file.get(item.name, "")
         if isinstance(value, list):
             # JSON has no tuples, and a frozen section has no lists.
@@ -459,30 +445,21 @@ def load_section(
         text = environ.get(variable)
         if text:
             try:
-                value = parse_variable(text, type(default))
+                value = parse_variable(text, type(item.default))
             except ValueError:
-                warnings.append(f"{variable} is not an integer and is ignored")
-        if value == "":
-            value = default
-        if item.metadata["secret"] and value:
-            SECRETS.add(str(value))
+                LOG.warning("config: %s is not an integer and is ignored", variable)
 
-        problem = find_problem(item.metadata, type(default), value)
-        if problem:
-            problems[f"{section}.{item.name}"] = problem
-        else:
+        if value != "":
             values[item.name] = value
+            if item.metadata["secret"]:
+                SECRETS.add(str(value))
 
-    names = [item.name for item in dataclasses.fields(defaults)]
-    unknown = [f"{section}.{sanitize(name)}" for name in in_file if name not in names]
-    warnings += [f"unknown key {key} is ignored" for key in unknown]
-
-    if "ca_file" in values:
-        # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA
-        # under the same file name.
-        credential = find_credential(environ, os.path.basename(values["ca_file"]))
-        values["ca_file"] = credential or values["ca_file"]
-    return dataclasses.replace(defaults, **values)
+    # The sandboxed service cannot see /etc/pve, so the unit passes it a copy of Proxmox's CA under
+    # the same file name.
+    ca_file = find_credential(environ, os.path.basename(str(values.get("ca_file", ""))))
+    if ca_file:
+        values["ca_file"] = ca_file
+    return values
 
 
 def parse_variable(text: str, expected_type: type) -> object:
@@ -494,18 +471,38 @@ def parse_variable(text: str, expected_type: type) -> object:
     return text
 
 
-def find_problem(rule: Mapping[str, Any], expected_type: type, value: object) -> str:
-    """Return what is wrong with a value, without showing it, or an empty string."""
-    # Not isinstance: True is an int.
-    if type(value) is not expected_type:
-        return f"must be {rule['expected']}"
-    if value == "":
-        if rule["required"]:
-            return "is required"
-        return ""
-    if not rule["is_valid"](value):
-        return f"must be {rule['expected']}"
-    return ""
+def check_names(document: Mapping[str, Any]) -> dict[str, str]:
+    """Warn of unknown keys, and return the problem of each section that is not an object."""
+    problems = {}
+    for section, values in document.items():
+        # authz is reserved for a later version; this one has no use for it.
+        if section not in (*SECTIONS, "authz"):
+            LOG.warning("config: unknown key %s is ignored", sanitize(section))
+        elif not isinstance(values, dict):
+            problems[section] = "must be an object"
+        elif section in SECTIONS:
+            known = [item.name for item in dataclasses.fields(SECTIONS[section])]
+            for key in values:
+                if key not in known:
+                    LOG.warning("config: unknown key %s.%s is ignored", section, sanitize(key))
+    return problems
+
+
+def find_problems(section_type: type[Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is wrong with a section's values, by key, without showing them."""
+    problems = {}
+    for item in dataclasses.fields(section_type):
+        rule = item.metadata
+        if item.name not in values:
+            if rule["required"]:
+                problems[item.name] = "is required"
+            continue
+
+        value = values[item.name]
+        # Not isinstance: True is an int.
+        if type(value) is not type(item.default) or not rule["is_valid"](value):
+            problems[item.name] = f"must be {rule['expected']}"
+    return problems
 
 
 def clamp_poll(seconds: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -165,11 +166,10 @@ def test_byte_order_mark_is_no_problem(load: Load) -> None:
     assert load(b"\xef\xbb\xbf" + json.dumps(VALID).encode()) == load(VALID)
 
 
-def test_node_is_by_default_the_short_host_name(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_node_is_by_default_the_short_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "pve7.example.com")
-    assert load({}).proxmox.node == "pve7"
+    module = runpy.run_path(str(MODULE))
+    assert module["ProxmoxConfig"]().node == "pve7"
 
 
 def test_what_has_no_default_is_required(load: Load) -> None:
