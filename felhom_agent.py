@@ -41,7 +41,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 __version__: Final = "0.3.0"
 
@@ -535,12 +535,7 @@ def get_text(data: object, *keys: str) -> str | None:
     value = lookup(data, *keys)
     if not isinstance(value, str):
         return None
-    return encodable(value[:512])
-
-
-def encodable(text: str) -> str:
-    """Return a text that UTF-8, and so every hub, can hold: JSON may have half a surrogate pair."""
-    return text.encode(errors="replace").decode()
+    return value[:512]
 
 
 def get_int(data: object, *keys: str) -> int | None:
@@ -910,7 +905,7 @@ def parse_tags(tags: object) -> Sequence[str] | None:
         return []
     if not isinstance(tags, str):
         return None
-    return sorted({encodable(tag) for tag in re.split("[;, ]+", tags) if tag})
+    return sorted({tag for tag in re.split("[;, ]+", tags) if tag})
 
 
 def is_available(entry: object) -> bool:
@@ -1026,22 +1021,6 @@ def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
 
 
 # ---- HTTP client ---------------------------------------------------------------------------------
-
-# What to do, by cause or by HTTP status.  Each client has more of these, and fills in the words in
-# braces.
-HINTS: Final[Mapping[str | int, str]] = {
-    "unknown host": "check the host name in {section}.url, and this host's name servers",
-    "connect timeout": "check that the host in {section}.url is up, firewalls on the way, and this "
-    "host's name servers",
-    "tls": "check host and port in {section}.url, and that {server} speaks TLS 1.2 or 1.3 and "
-    "demands no client certificate",
-    "bad certificate": "renew the certificate or its CA, or fix this host's clock",
-    "no time left": "raise {section}.timeout_seconds ({seconds})",
-    "not HTTP": "check host and port in {section}.url",
-    "unusable": "check {section}.url, and what is in front of {server}",
-    "redirect": "{server} must answer at this exact path, without a login; if only https or the "
-    "host differs, change {section}.url",
-}
 
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
 WRONG_NAME_CODES: Final = (62, 64)
@@ -1214,8 +1193,6 @@ class TLSConnection(Connection):
         problem = f"the proxy answers {response.status}"
         if response.status in (401, 407):
             raise ConnectFailure("proxy login", problem)
-        if response.status >= 500:
-            raise ConnectFailure("behind the proxy", problem)
         if not 200 <= response.status < 300:
             raise ConnectFailure("proxy", problem)
 
@@ -1272,15 +1249,9 @@ def build_tls_context(section: str, ca_file: str) -> ssl.SSLContext:
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     """Return the body, or the beginning of one that is too long; HTTPException if it is cut off."""
-    body = b""
-    # Not read(), which would keep every chunk, down to single bytes, as an object of its own.
-    while piece := response.read1(65536):
-        body += piece
-        if len(body) > max_bytes:
-            # parse_reply refuses it.
-            return body
-    # How much of Content-Length is missing: read1 counts it down; None if the body is chunked
-    if response.length:
+    body = response.read(max_bytes + 1)
+    # With a limit, read() passes over a cut.  `length` is what is missing of Content-Length.
+    if response.length and len(body) <= max_bytes:
         raise http.client.IncompleteRead(body, response.length)
     return body
 
@@ -1309,49 +1280,32 @@ def parse_retry_after(text: str) -> int | None:
 
 
 class Client:
-    """What both clients share: one request within a time limit, and errors with a hint.
-
-    `request` limits the time of `_exchange`.  That calls `open_response` of the Proxmox or of the
-    hub client, which sends the request through a Connection: for Proxmox one that is kept, for the
-    hub one that urllib.request uses.  http.client calls its `send`, and that calls `connect` first.
-    """
+    """What both clients share: one request within a time limit, and errors with a hint."""
 
     method: str
-    # The section of the configuration, and what the server is called in messages
-    section: str
-    server: str
+    # What to do about a failure, by its cause or HTTP status; names in braces are filled in.
     hints: Mapping[str | int, str]
     # Of the body of a response
     max_bytes: int
 
-    def __init__(self, config: ProxmoxConfig | HubConfig, logger: logging.Logger) -> None:
+    def __init__(
+        self, section: str, config: ProxmoxConfig | HubConfig, logger: logging.Logger
+    ) -> None:
         self.url = config.url.rstrip("/")
         # host[:port]
         self.address = urllib.parse.urlsplit(config.url).netloc
+        # The address as messages say it
+        self.route = self.address
         self.timeout_seconds = config.timeout_seconds
-        self.context = build_tls_context(self.section, config.ca_file)
-        # To the hub only
-        self.proxy = ""
+        self.context = build_tls_context(section, config.ca_file)
         self.logger = logger
         self._has_ca_file = bool(config.ca_file)
-        # What stands for the words in braces
-        self._hint_words = {"section": self.section, "server": self.server}
-        self._hint_words["seconds"] = str(config.timeout_seconds)
-        # Until when a request may last at most, by time.monotonic; see ProxmoxClient.session
-        self._deadline = math.inf
-
-    def new_connection(self) -> Connection:
-        if self.url.startswith("http:"):
-            # For a loopback address alone, see load_config.
-            return Connection(self.address)
-        return TLSConnection(self.address, context=self.context, proxy=self.proxy)
+        # What stands for the names in braces
+        self._hint_words = {"seconds": str(config.timeout_seconds)}
 
     def open_response(self, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        """Send a request and return the response with its body unread."""
+        """Connect, send a request, and return the response with its body unread."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Close the connection, if one is kept; the next request opens a new one."""
 
     def hint(self, cause: str | int, path: str = "") -> str:
         """Return what to do about a failure, by its cause or HTTP status."""
@@ -1364,13 +1318,12 @@ class Client:
         """Return "GET /path: what happened; what to do", without the query, which often differs."""
         return f"{self.method} {path.partition('?')[0]}: {problem}; {self.hint(cause, path)}"
 
-    def request(self, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """Send a request and return the reply.  Raises TransportError or HTTPError."""
-        start = time.monotonic()
-        seconds = min(self.timeout_seconds, self._deadline - start)
-        if seconds <= 0:
-            raise self.no_time_left(path)
+    def request(self, path: str, body: bytes | None, seconds: float) -> dict[str, Any]:
+        """Return the JSON object that the server replies within this time.
 
+        Raises TransportError or HTTPError.
+        """
+        start = time.monotonic()
         outcome: object = "no response"
         try:
             response, content = limit_time(seconds, self._exchange, path, body)
@@ -1382,22 +1335,18 @@ class Client:
             OSError,
             UnicodeError,
         ) as exc:
-            # UnicodeError if a label of the host's name is too long.
-            self.close()
-            # "from None", because the original exception may quote what the server sent.
+            # UnicodeError if a label of the host's name is too long.  "from None", because the
+            # original exception may quote what the server sent.
             raise self._transport_error(path, exc) from None
         finally:
             milliseconds = (time.monotonic() - start) * 1000
             self.logger.debug("%s %s: %s, %.0f ms", self.method, path, outcome, milliseconds)
 
         if not 200 <= response.status < 300:
-            # Its body is still to come on the connection.
-            self.close()
             raise self._http_error(path, response)
         try:
             return parse_reply(content, self.max_bytes, response.status)
         except (ValueError, RecursionError) as exc:
-            self.close()
             problem = str(exc)
             encoding = response.headers.get("Content-Encoding")
             if encoding:
@@ -1412,27 +1361,17 @@ class Client:
                 content = read_body(response, self.max_bytes)
         return response, content
 
-    def no_time_left(self, path: str) -> TransportError:
-        return TransportError(self.message(path, "no time left in this cycle", "no time left"))
-
     def unusable(self, path: str, reason: str, status: int = 200) -> TransportError:
         """Return the error for a success that this server would never send."""
         problem = f"{status}, but the reply is unusable ({sanitize(reason)})"
         return TransportError(self.message(path, problem, "unusable"))
 
     def _transport_error(self, path: str, exc: Exception) -> TransportError:
-        # urllib.request wraps the error that says what happened.
-        if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
-            exc = exc.reason
-        address = self.address
-        if self.proxy:
-            address += f" through the proxy {self.proxy.rpartition('@')[2]}"
-
         cause = find_cause(exc)
         problem = sanitize(describe(exc))
         if cause == "not HTTP":
             problem = f"it does not answer in HTTP/1.1 ({sanitize(str(exc), 40)})"
-        message = self.message(path, f"{address}: {problem}", cause)
+        message = self.message(path, f"{self.route}: {problem}", cause)
         if cause == "timeout":
             return RequestTimeout(message)
         return TransportError(message)
@@ -1455,8 +1394,12 @@ class Client:
 GUEST_TYPES: Final[Mapping[str, str]] = {"lxc": "containers", "qemu": "virtual machines"}
 
 PROXMOX_HINTS: Final[Mapping[str | int, str]] = {
-    **HINTS,
+    "unknown host": "check the host name in proxmox.url, and this host's name servers",
+    "connect timeout": "check that the host in proxmox.url is up, firewalls on the way, and this "
+    "host's name servers",
     "refused": "check systemctl status pveproxy, and host and port in proxmox.url",
+    "tls": "check host and port in proxmox.url, and that Proxmox speaks TLS 1.2 or 1.3 and "
+    "demands no client certificate",
     "handshake": "check systemctl status pveproxy, and ALLOW_FROM in /etc/default/pveproxy",
     "pin": "compare proxmox.fingerprint with pvenode cert info",
     "wrong name": "use a name from the certificate in proxmox.url (pvenode cert info lists them)",
@@ -1465,10 +1408,16 @@ PROXMOX_HINTS: Final[Mapping[str | int, str]] = {
     "not from ca_file": "if the certificate was replaced by a public one, set proxmox.ca_file to "
     '"" and use a name from the certificate in proxmox.url; if that file has changed since the '
     "agent started, restart the agent; or the server does not send its intermediate certificates",
+    "bad certificate": "renew the certificate or its CA, or fix this host's clock",
+    "no time left": "raise proxmox.timeout_seconds ({seconds})",
     "timeout": "check systemctl status pveproxy pve-cluster, network and name servers, or raise "
     "proxmox.timeout_seconds ({seconds})",
     "no response": "check systemctl status pveproxy pve-cluster, and proxmox.url (http or https, "
     "host, port)",
+    "not HTTP": "check host and port in proxmox.url",
+    "unusable": "check proxmox.url, and what is in front of Proxmox",
+    "redirect": "Proxmox must answer at this exact path, without a login; if only https or the "
+    "host differs, change proxmox.url",
     "storage": "check pvesm status, and what the storage runs on; pveproxy gives up after 30 s",
     401: "check proxmox.token_id and proxmox.token_secret; pveum user token list {user} and pveum "
     "user list show what is expired or disabled",
@@ -1488,13 +1437,11 @@ class ProxmoxClient(Client):
 
     # The only one, whatever is asked
     method = "GET"
-    section = "proxmox"
-    server = "Proxmox"
     hints = PROXMOX_HINTS
     max_bytes = 8 << 20
 
     def __init__(self, config: ProxmoxConfig) -> None:
-        super().__init__(config, LOG)
+        super().__init__("proxmox", config, LOG)
         self.node = config.node
         self.token_id = config.token_id
         self.extras = frozenset(config.extras)
@@ -1504,13 +1451,10 @@ class ProxmoxClient(Client):
 
         self._headers = {"Authorization": f"PVEAPIToken={config.token_id}={config.token_secret}"}
         self._fingerprint = config.fingerprint
-        # Kept, because a TLS handshake takes six times as long as a call
+        # Kept within a session, because a TLS handshake takes six times as long as a call
         self._connection: Connection | None = None
-
-    def new_connection(self) -> Connection:
-        if self._fingerprint:
-            return PinnedConnection(self.address, self._fingerprint)
-        return super().new_connection()
+        # When the session has to end, by time.monotonic
+        self._deadline = math.inf
 
     @contextlib.contextmanager
     def session(self, deadline: float) -> Iterator[None]:
@@ -1523,6 +1467,21 @@ class ProxmoxClient(Client):
             # pveproxy would close it after 5 s.
             self.close()
 
+    def get(self, path: str, expected: type[T]) -> T:
+        """Return a response's `data`, a list or dict as expected.  Raises AgentError."""
+        seconds = min(self.timeout_seconds, self._deadline - time.monotonic())
+        if seconds <= 0:
+            raise self._no_time_left(path)
+        try:
+            data = self.request(path, None, seconds).get("data")
+        except AgentError:
+            # A part of the request or of the response may still be to come on the connection.
+            self.close()
+            raise
+        if not isinstance(data, expected):
+            raise self.unusable(path, f"data is {type(data).__name__}")
+        return data
+
     def open_response(self, path: str, body: bytes | None) -> http.client.HTTPResponse:
         if self._connection is not None:
             # The server may have closed a kept connection.  Then a new one decides.
@@ -1530,19 +1489,28 @@ class ProxmoxClient(Client):
                 return self._send(self._connection, path)
             except (ConnectionError, ssl.SSLError):
                 self.close()
-        self._connection = self.new_connection()
+        self._connection = self._new_connection()
         return self._send(self._connection, path)
+
+    def _new_connection(self) -> Connection:
+        if self._fingerprint:
+            return PinnedConnection(self.address, self._fingerprint)
+        if self.url.startswith("http:"):
+            # For a loopback address alone, see load_config.
+            return Connection(self.address)
+        return TLSConnection(self.address, context=self.context)
 
     def _send(self, connection: Connection, path: str) -> http.client.HTTPResponse:
         connection.request(self.method, f"/api2/json{path}", headers=self._headers)
         return connection.getresponse()
 
     def close(self) -> None:
-        # No connection is used again after that: if its request was interrupted, http.client would
-        # send the rest of it together with the next one.
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _no_time_left(self, path: str) -> TransportError:
+        return TransportError(self.message(path, "no time left in this cycle", "no time left"))
 
     def hint(self, cause: str | int, path: str = "") -> str:
         # Only these calls depend on the storage itself.
@@ -1550,13 +1518,6 @@ class ProxmoxClient(Client):
         if is_storage_path and cause in ("timeout", "no response", 500, 596):
             cause = "storage"
         return super().hint(cause, path)
-
-    def get(self, path: str, expected: type[T]) -> T:
-        """Return a response's `data`, a list or dict as expected.  Raises AgentError."""
-        data = self.request(path).get("data")
-        if not isinstance(data, expected):
-            raise self.unusable(path, f"data is {type(data).__name__}")
-        return data
 
     def version(self) -> str | None:
         """Return the version of Proxmox VE (`pvesh get /version`)."""
@@ -1615,7 +1576,7 @@ class ProxmoxClient(Client):
         path = f"/nodes/{self.node}/storage/{name}/prunebackups?prune-backups=keep-all%3D1"
         if self._deadline - time.monotonic() < self.timeout_seconds:
             # A healthy storage might not answer in what is left, and be taken for one that hangs.
-            raise self.no_time_left(path)
+            raise self._no_time_left(path)
         return self.get(path, list)
 
     def tasks(self, since: int) -> Sequence[object]:
@@ -2080,21 +2041,30 @@ class Collector:
 # ---- hub client ----------------------------------------------------------------------------------
 
 HUB_HINTS: Final[Mapping[str | int, str]] = {
-    **HINTS,
+    "unknown host": "check the host name in hub.url, and this host's name servers",
+    "connect timeout": "check that the host in hub.url is up, firewalls on the way, and this "
+    "host's name servers",
     "refused": "check that the hub is running, and host and port in hub.url",
     "handshake": "check the web server in front of the hub, and hub.url",
-    "proxy": "check https_proxy, and that the proxy allows host and port; or set no_proxy",
+    "proxy": "check https_proxy and hub.url, and that the proxy allows and reaches the hub; or set "
+    "no_proxy",
     "proxy login": "check user and password in https_proxy",
-    "behind the proxy": "the proxy cannot reach the hub; check hub.url",
+    "tls": "check host and port in hub.url, and that the hub speaks TLS 1.2 or 1.3 and demands no "
+    "client certificate",
     "wrong name": "use a name from the certificate in hub.url",
     "unknown CA": "set hub.ca_file to the server's root CA; or the server does not send its "
     "intermediate certificates",
     "not from ca_file": "check that hub.ca_file has the server's root CA; if that file has changed "
     "since the agent started, restart the agent; or the server does not send its intermediate "
     "certificates",
+    "bad certificate": "renew the certificate or its CA, or fix this host's clock",
     "timeout": "check the hub's log, network and name servers, or raise hub.timeout_seconds "
     "({seconds})",
     "no response": "check the hub's log, and hub.url (http or https, host, port)",
+    "not HTTP": "check host and port in hub.url",
+    "unusable": "check hub.url, and what is in front of the hub",
+    "redirect": "the hub must answer at this exact path, without a login; if only https or the "
+    "host differs, change hub.url",
     401: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
     403: "check hub.api_key and hub.host_id, or remove another login in front of the hub",
     404: f"check hub.url, to which {REPORT_PATH} is added",
@@ -2109,25 +2079,6 @@ HUB_HINTS: Final[Mapping[str | int, str]] = {
     ),
     "other status": "check the hub's log",
 }
-
-
-class HubHandler(urllib.request.AbstractHTTPHandler):
-    """Lets urllib.request send requests through our connections, instead of its own.
-
-    Those would not close a refused tunnel, nor tell a name's addresses apart.
-    """
-
-    def __init__(self, new_connection: Callable[[], Connection]) -> None:
-        super().__init__()
-        self._new_connection = new_connection
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        # urllib.request would also pass the host, and a time-out of its own.
-        return self.do_open(lambda *_, **__: self._new_connection(), req)
-
-    # urllib.request finds all four by their names.  do_request_ adds Host and Content-Length.
-    http_open = https_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 def find_proxy(address: str) -> str:
@@ -2145,17 +2096,17 @@ def find_proxy(address: str) -> str:
 
 
 class HubClient(Client):
-    """Posts reports by urllib.request, over a new connection each."""
+    """Posts reports, over a new connection each."""
 
     method = "POST"
-    section = "hub"
-    server = "the hub"
     hints = HUB_HINTS
     max_bytes = 1 << 20
 
     def __init__(self, config: HubConfig, *, logger: logging.Logger = LOG) -> None:
-        super().__init__(config, logger)
-        self.proxy = find_proxy(self.address)
+        super().__init__("hub", config, logger)
+        self._proxy = find_proxy(self.address)
+        if self._proxy:
+            self.route += f" through the proxy {self._proxy.rpartition('@')[2]}"
         self._warn = WarnOnce(logger)
         self._headers = {
             "Authorization": f"Bearer {config.api_key}",
@@ -2163,18 +2114,29 @@ class HubClient(Client):
             "Content-Type": "application/json",
             "User-Agent": f"felhom-agent/{__version__}",
         }
-        # Not build_opener: that would follow redirects.  This one returns every response as it is.
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(HubHandler(self.new_connection))
 
     def open_response(self, path: str, body: bytes | None) -> http.client.HTTPResponse:
         request = urllib.request.Request(self.url + path, body, self._headers, method=self.method)
-        response: http.client.HTTPResponse = self._opener.open(request)
-        return response
+        # limit_time alone decides.
+        request.timeout = None
+        # Not urlopen, which would follow redirects, and use connections that leave a refused tunnel
+        # open and give one address all the time.  do_open is what it calls in the end.
+        try:
+            return urllib.request.HTTPHandler().do_open(self._new_connection, request)
+        except urllib.error.URLError as exc:
+            # It wraps the error that says what happened.
+            raise cast(OSError, exc.reason) from None
+
+    def _new_connection(self, *_: object, **__: object) -> Connection:
+        """Return a connection; do_open also passes the host and a time-out."""
+        if self.url.startswith("http:"):
+            # For a loopback address alone, see load_config.
+            return Connection(self.address)
+        return TLSConnection(self.address, context=self.context, proxy=self._proxy)
 
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's reply.  Raises TransportError or HTTPError."""
-        reply = self.request(REPORT_PATH, report.to_json().encode())
+        reply = self.request(REPORT_PATH, report.to_json().encode(), self.timeout_seconds)
         envelope = build_envelope(reply)
         self.logger.debug("%s", envelope)
         problem = ""

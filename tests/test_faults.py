@@ -191,7 +191,7 @@ def test_floods_of_all_guests_are_not_in_memory_together(plain_node: lab.Simulat
         assert tracemalloc.get_traced_memory()[1] < 40 << 20
 
 
-@pytest.mark.parametrize(("place", "maximum_mib"), [("status", 20), ("hub", 4)])
+@pytest.mark.parametrize(("place", "maximum_mib"), [("status", 20), ("hub", 10)])
 @pytest.mark.parametrize("fault", FLOODS, ids=NAME)
 def test_flood_takes_little_more_memory_than_the_cap(
     healthy_agent: Agent, fault: faults.Fault, place: str, maximum_mib: int

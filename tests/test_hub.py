@@ -249,12 +249,7 @@ def test_hub_behind_the_proxy_must_have_its_name(far_hub: lab.SimulatedHub, prox
     [
         (b"HTTP/1.1 407 Who?\r\n\r\n", "the proxy answers 407", "user and password in https_proxy"),
         (b"HTTP/1.1 403 Forbidden\r\n\r\n", "403", "https_proxy.*allows.*no_proxy"),
-        (
-            b"HTTP/1.1 502 Bad Gateway\r\n\r\n",
-            "the proxy answers 502",
-            "cannot reach the hub.*hub.url",
-        ),
-        (b"HTTP/1.1 500 No\r\n\r\n", "the proxy answers 500", "cannot reach the hub.*hub.url"),
+        (b"HTTP/1.1 502 Bad Gateway\r\n\r\n", "the proxy answers 502", "hub.url.*reaches the hub"),
         (b"HTTP/1.1 300 Many\r\nLocation: https://127.0.0.1/\r\n\r\n", "300", "https_proxy"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not answer as a proxy", "https_proxy"),
         (b"\x15\x03\x01\x00\x02\x02\x16", "not answer as a proxy", "https_proxy"),
@@ -264,7 +259,7 @@ def test_hub_behind_the_proxy_must_have_its_name(far_hub: lab.SimulatedHub, prox
         (b"HTTP/1.1 200 OK\r\nX: %b\r\n\r\n" % bytes(70_000), "as a proxy", "https_proxy"),
     ],
     ids=[
-        *("407", "403", "502", "500", "redirect", "not HTTP"),
+        *("407", "403", "502", "redirect", "not HTTP"),
         *("TLS", "echo", "403 echo", "closes", "long header"),
     ],
 )

@@ -180,7 +180,6 @@ CAUSES: Final[Mapping[str, Exception | str]] = {
     "200, but the reply is unusable (…)": "unusable",
     "the proxy answers 401": "proxy login",
     "the proxy answers 407": "proxy login",
-    "the proxy answers 502": "behind the proxy",
     "the proxy answers 403": "proxy",
 }
 

@@ -99,7 +99,7 @@ METRICS: Final[list[tuple[str, str, Sequence[tuple[object, Any]], Sequence[objec
         for name in ("total", "used")
     ),
     ("cpuinfo.cpus", "cpu_count", [(17, 17)], (0,)),
-    ("cpuinfo.model", "cpu_model", [("", ""), (ODD, ODD), ("a\ud800b\udfff", "a?b?")], ()),
+    ("cpuinfo.model", "cpu_model", [("", ""), (ODD, ODD)], ()),
     ("cpuinfo.model", "cpu_model", [("x" * 513, "x" * 512)], (1, None, ["web"])),
     ("pveversion", "pve_version", [("pve-manager/9.0.0~10/x", "9.0.0~10")], ("9.2.11", None)),
     ("current-kernel", "kernel_version", [("x", OLD_KERNEL), ({"release": ""}, OLD_KERNEL)], ()),
@@ -220,7 +220,7 @@ def test_onboot_is_yes_no_or_null(sent: object, onboot: bool | None) -> None:
     [
         ("web;prod;web", ["prod", "web"]),
         ("b,a c;;", ["a", "b", "c"]),
-        ("größe;日本;UPPER;-x;a\ud800", ["-x", "UPPER", "a?", "größe", "日本"]),
+        ("größe;日本;UPPER;-x", ["-x", "UPPER", "größe", "日本"]),
         *(("", []), (None, []), (5, None), (["web"], None)),
     ],
     ids=short,
