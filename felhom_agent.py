@@ -1659,8 +1659,8 @@ def select(entries: Entries, *types: str) -> Entries:
     return sorted(chosen, key=lambda entry: (get_vmid(entry), str(entry.get("storage"))))
 
 
-def get_list_age(node_status: object, node_entry: object) -> int | None:
-    """Return how many seconds ago pvestatd measured what is listed, or None if that is unknown.
+def get_list_age(node_status: object, node_entry: object) -> float:
+    """Return how many seconds ago pvestatd measured what is listed; infinity if that is unknown.
 
     The status has the node's uptime now, the list its uptime at pvestatd's last round; the
     difference is the list's age.
@@ -1668,10 +1668,10 @@ def get_list_age(node_status: object, node_entry: object) -> int | None:
     now = get_int(node_status, "uptime")
     measured = get_int(node_entry, "uptime")
     if now is None or measured is None:
-        return None
+        return math.inf
     if now < measured:
         # The list is from before a reboot.
-        return None
+        return math.inf
     return now - measured
 
 
@@ -1758,14 +1758,14 @@ class Collector:
                 self._log_unreported(entries)
 
             age = get_list_age(node_status, node_entry)
-            is_fresh = age is not None and age <= MAX_LIST_AGE_SECONDS
+            is_fresh = age <= MAX_LIST_AGE_SECONDS
             self._check_pvestatd(is_fresh, node_status, node_entry, guest_entries)
             if not is_fresh:
                 node_entry = {}
             host = build_host(self.proxmox.node, node_status, node_entry)
             guests = self._read_guests(guest_entries, host.cpu_count, is_fresh)
             storages, backups = self._read_storages(storage_entries, age, is_fresh)
-            audit_tail = self._read_tasks()
+            tasks = self._attempt("audit_tail", self._fetch_tasks)
 
         unit_state = self._attempt("cloudflared.status", self.cloudflared.probe)
         return HostReport(
@@ -1777,7 +1777,8 @@ class Collector:
             cloudflared=Cloudflared(status=unit_state or "unknown"),
             storage_targets=tuple(storages),
             backups=tuple(backups),
-            audit_tail=tuple(audit_tail),
+            # There is no other way to say that the tasks are unknown; the warning does.
+            audit_tail=tuple(tasks or ()),
         )
 
     def _attempt(self, topic: str, read: Callable[..., T], *arguments: object) -> T | None:
@@ -1807,11 +1808,8 @@ class Collector:
             if all_paths:
                 others |= self.proxmox.privileges()
         except AgentError as exc:
-            # This serves only warnings, unless a list is empty, perhaps for want of a privilege.
-            lists = [guests]
-            if self._reads_storages:
-                lists.append(storages)
-            if not all(lists):
+            # An empty list proves nothing now; otherwise this serves only warnings.
+            if not guests or (self._reads_storages and not storages):
                 raise
             self._warn.update("token", f"the token could not be checked: {exc}")
             return
@@ -1879,8 +1877,16 @@ class Collector:
         Proxmox repeats pvestatd's last values for 5 minutes, and then lists all guests as unknown.
         Raises AgentError after a boot until pvestatd's first round is over.
         """
-        unmeasured = find_unmeasured(guests)
+        if get_text(node_entry, "status") == "offline":
+            problem = (
+                f"Proxmox lists node {self.proxmox.node} as offline; check pvecm status, and "
+                "systemctl status corosync pve-cluster"
+            )
+            self._warn.update("pvestatd", problem)
+            return
+
         hint = "check systemctl status pvestatd (usual cause: a storage that does not answer)"
+        unmeasured = find_unmeasured(guests)
         problem = ""
         if not is_fresh:
             problem = f"pvestatd has measured nothing in the last {MAX_LIST_AGE_SECONDS} s, so "
@@ -1889,12 +1895,7 @@ class Collector:
             problem = f"pvestatd does not measure the {unmeasured}, so all are unknown; {hint}"
 
         uptime = get_int(node_status, "uptime")
-        if get_text(node_entry, "status") == "offline":
-            problem = (
-                f"Proxmox lists node {self.proxmox.node} as offline; check pvecm status, and "
-                "systemctl status corosync pve-cluster"
-            )
-        elif problem and uptime is not None and uptime < BOOT_SECONDS:
+        if problem and uptime is not None and uptime < BOOT_SECONDS:
             raise AgentError(f"Proxmox has not measured its guests yet; {hint} if this lasts")
         self._warn.update("pvestatd", problem)
 
@@ -1964,7 +1965,7 @@ class Collector:
         )
 
     def _read_storages(
-        self, entries: Entries, age: int | None, is_fresh: bool
+        self, entries: Entries, age: float, is_fresh: bool
     ) -> tuple[list[StorageTarget], list[Backup]]:
         """Return the storages and, if that extra is on, the newest backups on them."""
         available = [entry.get("storage") for entry in entries if is_available(entry)]
@@ -1977,7 +1978,8 @@ class Collector:
         for entry in entries:
             storage = build_storage(entry, is_fresh=is_fresh)
             if self._reads_backups and holds_backups(entry) and storage.status == "available":
-                newest = self._read_backups(storage.storage, age)
+                name = storage.storage
+                newest = self._attempt(f"storage {name}", self._fetch_backups, name, age)
                 if newest is None:
                     # An available storage without backups would claim that there are none.
                     storage = build_storage(entry, is_fresh=False)
@@ -1986,31 +1988,23 @@ class Collector:
             storages.append(storage)
         return storages, sorted(backups, key=lambda item: (item.vmid, item.type, item.storage))
 
-    def _read_backups(self, storage: str, age: int | None) -> list[Backup] | None:
-        """Return the newest backups on a storage, or None with a warning.
+    def _fetch_backups(self, storage: str, age: float) -> list[Backup]:
+        """Return the newest backups on a storage.  Raises AgentError.
 
         pvedaemon has three workers, and each request to a storage that hangs blocks one for good.
         So after one that hung, and if the list is not quite new, no storage is asked.
         """
-        problem = ""
         if self._hung_storage:
-            problem = (
+            raise AgentError(
                 f"storage {self._hung_storage} did not answer in time, so no storage is asked for "
                 "its backups until Proxmox lists that one as not available, a day has passed, or "
                 "the agent is restarted; check pvesm status"
             )
-        elif age is None or age > MAX_STORAGE_AGE_SECONDS:
-            problem = (
+        if age > MAX_STORAGE_AGE_SECONDS:
+            raise AgentError(
                 "no storage is asked for its backups, since pvestatd has measured none in the last "
                 f"{MAX_STORAGE_AGE_SECONDS} s"
             )
-        self._warn.update("backups", problem)
-        if problem:
-            return None
-        return self._attempt(f"storage {storage}", self._fetch_backups, storage)
-
-    def _fetch_backups(self, storage: str) -> list[Backup]:
-        """Return the newest backups on a storage.  Raises AgentError."""
         try:
             archives = self.proxmox.archives(storage)
         except AgentError as exc:
@@ -2026,14 +2020,10 @@ class Collector:
         self._warn.update(f"archives on {storage}", problem)
         return backups
 
-    def _read_tasks(self) -> Sequence[AuditEntry]:
+    def _fetch_tasks(self) -> list[AuditEntry]:
+        """Return the tasks of the last day, if that extra is on.  Raises AgentError."""
         if "tasks" not in self.proxmox.extras:
-            return ()
-        # The contract has no way to say that the tasks are unknown; the warning does.
-        return self._attempt("audit_tail", self._fetch_tasks) or ()
-
-    def _fetch_tasks(self) -> Sequence[AuditEntry]:
-        """Return the tasks of the last day.  Raises AgentError."""
+            return []
         since = int(time.time()) - TASK_SECONDS
         return build_audit_tail(self.proxmox.tasks(since))
 
@@ -2298,37 +2288,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def selftest(collector: Collector, hub: HubClient | None) -> int:
     """Collect once, send the report if there is a hub, and print both as JSON."""
-    proxmox = collector.proxmox
-    result: dict[str, Any] = {}
-    verdict = f"node {proxmox.node} was read"
+    node = collector.proxmox.node
     try:
         if hub is None:
-            LOG.info("Proxmox VE %s", proxmox.version())
+            LOG.info("Proxmox VE %s", collector.proxmox.version())
             with contextlib.suppress(AgentError):
                 # collect would only say that it was refused.
-                if "Sys.Audit" not in proxmox.privileges(f"/nodes/{proxmox.node}"):
+                if "Sys.Audit" not in collector.proxmox.privileges(f"/nodes/{node}"):
                     text = "without Sys.Audit on /nodes/%s, its metrics and tasks cannot be read"
-                    LOG.warning(text, proxmox.node)
+                    LOG.warning(text, node)
         report = collector.collect(is_selftest=True)
-        result["report"] = json.loads(report.to_json())
-        if hub is not None:
-            result["envelope"] = dataclasses.asdict(hub.report(report))
-            verdict = f"report accepted by {hub.url}"
+    except Exception as exc:
+        LOG.error("%s", describe_failure(exc), exc_info=is_bug(exc))
+        return 1
+
+    document = json.loads(report.to_json())
+    if hub is None:
+        if not report.host_id:
+            # There need not be a hub section.
+            del document["host_id"]
+        print(json.dumps(document, indent=2))
+        LOG.info("node %s was read", node)
+        return 0
+
+    result = {"report": document}
+    try:
+        result["envelope"] = dataclasses.asdict(hub.report(report))
     except Exception as exc:
         result["error"] = describe_failure(exc)
         LOG.error("%s", result["error"], exc_info=is_bug(exc))
-
-    if "report" in result:
-        document = result
-        if hub is None:
-            document = result["report"]
-            if not report.host_id:
-                # There need not be a hub section.
-                del document["host_id"]
-        print(json.dumps(document, indent=2))
+    print(json.dumps(result, indent=2))
     if "error" in result:
         return 1
-    LOG.info("%s", verdict)
+    LOG.info("report accepted by %s", hub.url)
     return 0
 
 

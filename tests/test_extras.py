@@ -171,7 +171,7 @@ def test_storages_are_asked_only_while_the_list_is_new(node: Node, log: Log, age
     # An available storage without backups would claim that there are none.
     found = {storages(report)[name] for name in ("bak", "local", "nas")}
     assert found == {"available" if age == 30 else "unknown"}
-    assert len(warnings(log)) == (age != 30)
+    assert len(warnings(log)) == 3 * (age != 30)
 
 
 @pytest.mark.parametrize("failure", [lab.Reply(500), lab.Reply(403), lab.json_reply({"data": {}})])
@@ -191,7 +191,7 @@ def test_storage_whose_backups_cannot_be_read_is_unknown_and_the_others_are_not(
     # What the storage itself says is about the storage, and not about pveproxy.
     assert ("pvesm status" in text) == (failure.status == 500)
     node.clear_script()
-    for node.resources_age_seconds, told in ((31, []), (30, ["INFO"])):
+    for node.resources_age_seconds, told in ((31, ["WARNING"]), (30, ["WARNING", "INFO"])):
         collector.collect()
         assert levels(log, "storage bak") == ["WARNING", "DEBUG", *told]
 
@@ -219,9 +219,10 @@ def test_only_one_of_the_storages_that_hang_is_asked_until_that_is_over(
         assert set(storages(report).values()) == {"unknown"}
         assert report.backups == ()
     assert find_calls(node, "prunebackups") == [PRUNE.format("nas0")]
-    first, second = warnings(log)
+    first, *others, last = warnings(log)
     assert re.search("storage nas0 .*; check pvesm status", first)
-    assert "storage nas0 did not answer in time" in second
+    assert "nas3 is unknown: storage nas0 did not answer in time" in others[-1]
+    assert (len(others), "nas0 is unknown: storage nas0 did not" in last) == (3, True)
 
     node.clear_script()
     if end == "a day":
