@@ -67,7 +67,7 @@ REPORT_PATH: Final = "/api/v1/host-report"
 
 # What proxmox.extras may name; the descriptions are for you.  A further extra takes five places: a
 # line here; a class or fields in "wire contract", and a function there that builds them; a call in
-# "Proxmox client", unless its replies are read anyway; and a _read_ method that collect calls.
+# "Proxmox client", unless its replies are read anyway; and a method that collect calls.
 EXTRAS: Final[Mapping[str, str]] = {
     "qemu": "virtual machines, too, among the guests",
     "storage": "the node's storages and how full they are",
@@ -584,25 +584,18 @@ def parse_flag(value: object) -> bool | None:
     return number == 1
 
 
+def parse_unix_time(value: object) -> int | None:
+    """Return the seconds if they are after 1970 and before 2106, or None."""
+    seconds = parse_int(value)
+    # time.gmtime fails for some integers.
+    if seconds is None or not 0 < seconds < 2**32:
+        return None
+    return seconds
+
+
 def format_time(seconds: float | None = None) -> str:
     """Return a Unix time, by default now, in RFC 3339, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def expect_int(value: object) -> int | None:
-    # 900.0 is an integer, too; 1e99 is too large to be exact.
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    # Not isinstance: True is an int.
-    if type(value) is int:
-        return value
-    return None
-
-
-def expect_bool(value: object) -> bool | None:
-    if isinstance(value, bool):
-        return value
-    return None
 
 
 # ---- wire contract -------------------------------------------------------------------------------
@@ -626,135 +619,6 @@ class HostMetrics:
     swap_used_bytes: int | None
     rootfs_total_bytes: int | None
     rootfs_used_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestSpec:
-    """A guest's configured resources, the same whether it runs or not.
-
-    `disk_bytes`: of a container the root volume, without mount points; of a VM all disks but
-    those for EFI and TPM.
-    """
-
-    cores: int | None
-    memory_bytes: int | None
-    disk_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestDetails:
-    """What a guest is meant to be, and what it uses; the last three only while it runs."""
-
-    template: bool | None
-    onboot: bool | None
-    lock: str | None
-    tags: Sequence[str] | None
-    ha_state: str | None
-    uptime_seconds: int | None
-    cpu_usage: float | None
-    memory_used_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guest:
-    """A container ("lxc") or VM ("qemu"); without `spec` if nothing tells it.
-
-    In JSON, the fields of `details` are the guest's own.
-    """
-
-    vmid: int
-    type: str = "lxc"
-    name: str
-    status: str
-    # Reserved
-    controller_version: str = ""
-    spec: GuestSpec | None = None
-    details: GuestDetails | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cloudflared:
-    """The unit's state as `systemctl is-active` prints it, or "unknown"."""
-
-    status: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageTarget:
-    """A storage of the node; sizes are None unless it is "available"."""
-
-    storage: str
-    type: str
-    status: str
-    total_bytes: int | None
-    used_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backup:
-    """The newest backup of a guest on a storage."""
-
-    vmid: int
-    type: str
-    storage: str
-    volid: str
-    created_at: str
-    # Reserved
-    size_bytes: int | None = None
-    verified: bool | None = None
-
-
-# Reserved: neither is sent yet.
-RestoreTest: TypeAlias = Mapping[str, object]
-PBSSnapshot: TypeAlias = Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditEntry:
-    """A task that has ended: when, who started it, "vzdump 100", and "OK" or the error."""
-
-    at: str
-    actor: str
-    operation: str
-    result: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostReport:
-    """What is sent to the hub; `reported_at` is when the collect ended."""
-
-    host_id: str
-    agent_version: str
-    reported_at: str
-    host: HostMetrics
-    guests: tuple[Guest, ...]
-    cloudflared: Cloudflared
-    storage_targets: tuple[StorageTarget, ...] = ()
-    backups: tuple[Backup, ...] = ()
-    restore_tests: tuple[RestoreTest, ...] = ()
-    pbs_snapshots: tuple[PBSSnapshot, ...] = ()
-    audit_tail: tuple[AuditEntry, ...] = ()
-
-    def to_json(self) -> str:
-        """Return compact JSON; a guest without a spec has no `spec` key."""
-        document = dataclasses.asdict(self)
-        for guest in document["guests"]:
-            details = guest.pop("details")
-            if details is not None:
-                guest.update(details)
-            if guest["spec"] is None:
-                del guest["spec"]
-        return json.dumps(document, separators=(",", ":"), allow_nan=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlEnvelope:
-    """The hub's reply; None for what is missing or invalid.  Only the interval is acted on."""
-
-    poll_interval_seconds: int | None
-    blocked: bool | None
-    desired_generation: int | None
-    has_signed_ops: bool | None
 
 
 def build_host(node: str, node_status: object, entry: object) -> HostMetrics:
@@ -806,6 +670,19 @@ def parse_load_average(loads: object) -> Sequence[float] | None:
             return None
         averages.append(average)
     return averages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestSpec:
+    """A guest's configured resources, the same whether it runs or not.
+
+    `disk_bytes`: of a container the root volume, without mount points; of a VM all disks but
+    those for EFI and TPM.
+    """
+
+    cores: int | None
+    memory_bytes: int | None
+    disk_bytes: int | None
 
 
 def build_spec(config: Mapping[str, object], guest_type: str, cpu_count: int | None) -> GuestSpec:
@@ -868,13 +745,25 @@ def parse_volume_size(volume: str) -> int | None:
     return parse_int(int(float(match[1]) * units[match[3]]))
 
 
-def build_details(
-    entry: object, config: object, *, is_fresh: bool, is_running: bool
-) -> GuestDetails:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDetails:
+    """What a guest is meant to be, and what it uses; the last three only while it runs."""
+
+    template: bool | None
+    onboot: bool | None
+    lock: str | None
+    tags: Sequence[str] | None
+    ha_state: str | None
+    uptime_seconds: int | None
+    cpu_usage: float | None
+    memory_used_bytes: int | None
+
+
+def build_details(entry: object, config: object, *, status: str, is_fresh: bool) -> GuestDetails:
     """Build a guest's details from its entry, and `onboot` from its configuration if it was read.
 
     Proxmox keeps lock, tags and HA state exact; the rest is pvestatd's, and only true if fresh.
-    `is_running` implies `is_fresh`, see Collector._read_guest.
+    `status` is the reported one: a guest whose entry is not fresh is unknown, not running.
     """
     template = None
     if is_fresh:
@@ -884,7 +773,7 @@ def build_details(
         # Unset means no.
         onboot = parse_flag(config.get("onboot", 0))
     measured: object = {}
-    if is_running:
+    if status == "running":
         measured = entry
 
     return GuestDetails(
@@ -908,14 +797,45 @@ def parse_tags(tags: object) -> Sequence[str] | None:
     return sorted({tag for tag in re.split("[;, ]+", tags) if tag})
 
 
-def is_available(entry: object) -> bool:
-    return get_text(entry, "status") == "available"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """A container ("lxc") or VM ("qemu"); without `spec` if nothing tells it.
+
+    In JSON, the fields of `details` are the guest's own.
+    """
+
+    vmid: int
+    type: str = "lxc"
+    name: str
+    status: str
+    # Reserved
+    controller_version: str = ""
+    spec: GuestSpec | None = None
+    details: GuestDetails | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cloudflared:
+    """The unit's state as `systemctl is-active` prints it, or "unknown"."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageTarget:
+    """A storage of the node; sizes are None unless it is "available"."""
+
+    storage: str
+    type: str
+    status: str
+    total_bytes: int | None
+    used_bytes: int | None
 
 
 def build_storage(entry: object, *, is_fresh: bool) -> StorageTarget:
     """Build a storage, unknown if its entry in /cluster/resources is not fresh."""
     status, total_bytes, used_bytes = "unknown", None, None
-    if is_fresh and is_available(entry):
+    if is_fresh and get_text(entry, "status") == "available":
         status = "available"
         total_bytes = get_int(entry, "maxdisk")
         used_bytes = get_int(entry, "disk")
@@ -930,6 +850,20 @@ def build_storage(entry: object, *, is_fresh: bool) -> StorageTarget:
         total_bytes=total_bytes,
         used_bytes=used_bytes,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """The newest backup of a guest on a storage."""
+
+    vmid: int
+    type: str
+    storage: str
+    volid: str
+    created_at: str
+    # Reserved
+    size_bytes: int | None = None
+    verified: bool | None = None
 
 
 # vzdump's own name for an archive.  Only this says for sure whose backup it is.
@@ -972,13 +906,14 @@ def build_backups(storage: str, archives: Sequence[object]) -> tuple[list[Backup
     return backups, problem
 
 
-def parse_unix_time(value: object) -> int | None:
-    """Return the seconds if they are after 1970 and before 2106, or None."""
-    seconds = parse_int(value)
-    # time.gmtime fails for some integers.
-    if seconds is None or not 0 < seconds < 2**32:
-        return None
-    return seconds
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """A task that has ended: when, who started it, "vzdump 100", and "OK" or the error."""
+
+    at: str
+    actor: str
+    operation: str
+    result: str
 
 
 def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
@@ -1008,6 +943,65 @@ def build_audit_tail(tasks: Sequence[object]) -> list[AuditEntry]:
     # Proxmox lists the newest first, and several may have ended in the same second.
     entries.reverse()
     return sorted(entries, key=lambda entry: entry.at)
+
+
+# Reserved: neither is sent yet.
+RestoreTest: TypeAlias = Mapping[str, object]
+PBSSnapshot: TypeAlias = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostReport:
+    """What is sent to the hub; `reported_at` is when the collect ended."""
+
+    host_id: str
+    agent_version: str
+    reported_at: str
+    host: HostMetrics
+    guests: tuple[Guest, ...]
+    cloudflared: Cloudflared
+    storage_targets: tuple[StorageTarget, ...] = ()
+    backups: tuple[Backup, ...] = ()
+    restore_tests: tuple[RestoreTest, ...] = ()
+    pbs_snapshots: tuple[PBSSnapshot, ...] = ()
+    audit_tail: tuple[AuditEntry, ...] = ()
+
+    def to_json(self) -> str:
+        """Return compact JSON; a guest without a spec has no `spec` key."""
+        document = dataclasses.asdict(self)
+        for guest in document["guests"]:
+            details = guest.pop("details")
+            if details is not None:
+                guest.update(details)
+            if guest["spec"] is None:
+                del guest["spec"]
+        return json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlEnvelope:
+    """The hub's reply; None for what is missing or invalid.  Only the interval is acted on."""
+
+    poll_interval_seconds: int | None
+    blocked: bool | None
+    desired_generation: int | None
+    has_signed_ops: bool | None
+
+
+def expect_int(value: object) -> int | None:
+    # 900.0 is an integer, too; 1e99 is too large to be exact.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    # Not isinstance: True is an int.
+    if type(value) is int:
+        return value
+    return None
+
+
+def expect_bool(value: object) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return None
 
 
 def build_envelope(reply: Mapping[str, object]) -> ControlEnvelope:
@@ -1950,9 +1944,7 @@ class Collector:
 
         details = None
         if "details" in self.proxmox.extras:
-            details = build_details(
-                entry, config, is_fresh=is_fresh, is_running=status == "running"
-            )
+            details = build_details(entry, config, status=status, is_fresh=is_fresh)
         # A new guest has its name only in its configuration.
         name = get_text(entry, "name") or get_text(config, CONFIG_NAME[guest_type])
         return Guest(
@@ -1968,7 +1960,9 @@ class Collector:
         self, entries: Entries, age: float, is_fresh: bool
     ) -> tuple[list[StorageTarget], list[Backup]]:
         """Return the storages and, if that extra is on, the newest backups on them."""
-        available = [entry.get("storage") for entry in entries if is_available(entry)]
+        available = [
+            entry.get("storage") for entry in entries if entry.get("status") == "available"
+        ]
         if self._hung_storage not in available or time.monotonic() >= self._pause_end:
             # Proxmox lists it as not available, or a day has passed.
             self._hung_storage = ""

@@ -191,7 +191,7 @@ RUNNING: Final[dict[str, object]] = json.loads("""{
 
 
 def build_details(listed: object = RUNNING, config: object = CONFIG) -> agent.GuestDetails:
-    return agent.build_details(listed, config, is_fresh=True, is_running=True)
+    return agent.build_details(listed, config, is_fresh=True, status="running")
 
 
 def test_details_are_fields_of_the_guest_itself() -> None:
