@@ -226,7 +226,7 @@ def is_base_url(url: str) -> bool:
     if not re.fullmatch(f"https?://{host}(:[0-9]+)?{path}", url, re.ASCII):
         return False
     try:
-        # Raises ValueError for an IPv6 address or a port that is none.
+        # None without a port.  Raises ValueError for an IPv6 address or a port that is none.
         return urllib.parse.urlsplit(url).port != 0
     except ValueError:
         return False
@@ -1062,7 +1062,8 @@ def find_cause(exc: Exception) -> str:
 
 
 def handle_alarm(*_: object) -> None:
-    # With the timer off, the call had just ended, or somebody else has sent the signal.
+    # Python runs this between two of its own steps, so perhaps only after the timer was switched
+    # off.  Then the call has ended; or somebody else has sent the signal.  Neither counts.
     if signal.getitimer(signal.ITIMER_REAL) != (0, 0):
         raise TimeLimitExceeded("timed out")
 
@@ -1075,13 +1076,11 @@ def limit_time(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     reading.  The exception comes out of that call.  Only the lookup of a name is not interrupted;
     there it comes out when the lookup has ended.
 
-    It works in the main thread only, which is the only one here.  The alarm repeats each second,
-    because Python drops an exception that is raised while a finalizer runs.
+    It works in the main thread only, which is the only one here.
     """
     signal.signal(signal.SIGALRM, handle_alarm)
-    # An alarm that comes while it is being switched off does nothing: Python runs the handler when
-    # setitimer has ended, and handle_alarm then finds the timer off.
     try:
+        # Again each second, because Python drops an exception that is raised in a finalizer.
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         return call(*arguments)
     finally:
@@ -1124,28 +1123,25 @@ class Connection(http.client.HTTPConnection):
             self.connect()
         # A server that refuses a request may close the connection before it has read all of it.
         # Its response is there to be read all the same, and says why.  If there is none, reading
-        # fails.
+        # raises the error.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)
 
 
 class TLSConnection(Connection):
-    """Connects in three steps: TCP, a tunnel if there is a proxy, and TLS with the server."""
+    """Checks the server's certificate before anything is sent."""
 
     default_port = 443
 
-    def __init__(self, address: str, *, context: ssl.SSLContext, proxy: str = "") -> None:
-        """`proxy` is [user:password@]host:port, or empty."""
+    def __init__(self, address: str, context: ssl.SSLContext) -> None:
         super().__init__(address)
         self._context = context
-        self._proxy = proxy
 
     def connect(self) -> None:
-        if self._proxy:
-            self._open_tunnel()
-        else:
-            super().connect()
+        super().connect()
+        self.start_tls()
 
+    def start_tls(self) -> None:
         try:
             # The handshake by itself: wrap_socket would return without one, and so without TLS, if
             # the connection was just reset.
@@ -1157,39 +1153,6 @@ class TLSConnection(Connection):
             problem = "connection closed or reset during the TLS handshake"
             raise ConnectFailure("handshake", problem) from None
 
-    def _open_tunnel(self) -> None:
-        """Ask the proxy to connect to the server.  Until TLS stands, it is sent nothing else."""
-        login, _, address = self._proxy.rpartition("@")
-        proxy = urllib.parse.urlsplit(f"//{address}")
-        server = f"{self.host}:{self.port}"
-        if ":" in self.host:
-            server = f"[{self.host}]:{self.port}"
-
-        # Not http.client's own tunnel: Python 3.11 sends no Host, which some proxies demand, and
-        # tells the proxy's status only in the text of an OSError.
-        lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
-        if login:
-            credentials = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
-            lines.append(f"Proxy-Authorization: Basic {credentials}")
-        try:
-            self.sock = open_socket(str(proxy.hostname), int(proxy.port or 0))
-            self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
-            # Leaving this block closes the file from which the response is read, not the socket,
-            # which is the tunnel.  Nothing of TLS is lost with it: there the client speaks first.
-            with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
-                response.begin()
-        except (ConnectFailure, OSError) as exc:
-            raise ConnectFailure("proxy", describe(exc)) from None
-        except http.client.HTTPException:
-            raise ConnectFailure("proxy", "it does not answer as a proxy") from None
-
-        # Without its reason, which may be an echo of the password.
-        problem = f"the proxy answers {response.status}"
-        if response.status in (401, 407):
-            raise ConnectFailure("proxy login", problem)
-        if not 200 <= response.status < 300:
-            raise ConnectFailure("proxy", problem)
-
 
 class PinnedConnection(TLSConnection):
     """Accepts exactly one certificate, and sends nothing before it has seen that one."""
@@ -1199,7 +1162,7 @@ class PinnedConnection(TLSConnection):
         # The fingerprint replaces the check of chain and host name.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        super().__init__(address, context=context)
+        super().__init__(address, context)
         self._fingerprint = fingerprint.replace(":", "").lower()
 
     def connect(self) -> None:
@@ -1440,7 +1403,7 @@ class ProxmoxClient(Client):
         self.token_id = config.token_id
         self.extras = frozenset(config.extras)
         self._hint_words["node"] = config.node
-        self._hint_words["user"] = shlex.quote(config.token_id.partition("!")[0])
+        self._hint_words["user"] = shlex.quote(config.token_id.rpartition("!")[0])
         self._hint_words["token"] = shlex.quote(config.token_id)
 
         self._headers = {"Authorization": f"PVEAPIToken={config.token_id}={config.token_secret}"}
@@ -1492,7 +1455,7 @@ class ProxmoxClient(Client):
         if self.url.startswith("http:"):
             # For a loopback address alone, see load_config.
             return Connection(self.address)
-        return TLSConnection(self.address, context=self.context)
+        return TLSConnection(self.address, self.context)
 
     def _send(self, connection: Connection, path: str) -> http.client.HTTPResponse:
         connection.request(self.method, f"/api2/json{path}", headers=self._headers)
@@ -1641,10 +1604,6 @@ def notify_status(summary: str) -> None:
 
 # Where the configuration has a guest's name
 CONFIG_NAME: Final = {"lxc": "hostname", "qemu": "name"}
-# The agent asks what the token may do at a guest or storage that does not exist, to learn what it
-# inherits from /vms or /storage, and so has at each one for which the ACL has no entry of its own.
-# An entry that hides a single guest is not noticed: Proxmox shows it nowhere.
-NO_SUCH_ID: Final = "999999999"
 
 
 def select(entries: Entries, *types: str) -> Entries:
@@ -1794,9 +1753,12 @@ class Collector:
         on_guests: set[str] = set()
         on_storages: set[str] = set()
         try:
-            on_guests = self.proxmox.privileges(f"/vms/{NO_SUCH_ID}")
+            # A guest or storage that does not exist shows what each one inherits from /vms or
+            # /storage, unless the ACL has an entry of its own for it.  One that is hidden by such
+            # an entry is not noticed: Proxmox shows it nowhere.
+            on_guests = self.proxmox.privileges("/vms/999999999")
             if self._reads_storages:
-                on_storages = self.proxmox.privileges(f"/storage/{NO_SUCH_ID}")
+                on_storages = self.proxmox.privileges("/storage/999999999")
             # Sys.Audit is not checked: without it, reading the status would have failed.
             others = self.proxmox.privileges(f"/nodes/{self.proxmox.node}")
             if all_paths:
@@ -2065,18 +2027,68 @@ HUB_HINTS: Final[Mapping[str | int, str]] = {
 }
 
 
-def find_proxy(address: str) -> str:
-    """Return the proxy to the hub, [user:password@]host:port, or "".  Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    host: str
+    port: int
+    # user:password, percent-encoded, or empty
+    login: str = field(repr=False)
+
+
+def find_proxy(address: str) -> Proxy | None:
+    """Return the proxy to the hub, if there is one.  Raises ConfigError."""
     url = urllib.request.getproxies().get("https", "")
     host = urllib.parse.urlsplit(f"//{address}").hostname
     if not url or is_loopback(host) or urllib.request.proxy_bypass(address):
-        return ""
-    # TLSConnection speaks to no others, so that the proxy's password goes nowhere else.
-    match = re.fullmatch(r"http://(([^@/:\s]+:[^@/\s]+@)?([^@/\s]+:[0-9]+))/?", url)
-    if match is None or not is_root_url(f"http://{match[3]}"):
+        return None
+
+    # TunnelConnection speaks to no others, so that the proxy's password goes nowhere else.
+    login, host, port = r"(?P<login>[^@/:\s]+:[^@/\s]+)@", r"(?P<host>[^@/\s]+)", "(?P<port>[0-9]+)"
+    match = re.fullmatch(f"http://({login})?{host}:{port}/?", url)
+    if match is None or not is_root_url(f"http://{match['host']}:{match['port']}"):
         expected = "http://[user:password@]host:port, with @ as %40 and / as %2F"
         raise ConfigError(f"config: https_proxy: must be {expected}; or set no_proxy")
-    return match[1]
+    return Proxy(match["host"].strip("[]"), int(match["port"]), match["login"] or "")
+
+
+class TunnelConnection(TLSConnection):
+    """Speaks TLS with the hub through a proxy, which is sent nothing but CONNECT before that."""
+
+    def __init__(self, address: str, context: ssl.SSLContext, proxy: Proxy) -> None:
+        super().__init__(address, context)
+        self._proxy = proxy
+
+    def connect(self) -> None:
+        # Not http.client's own tunnel: Python 3.11 sends no Host, which some proxies demand, and
+        # tells the proxy's status only in the text of an OSError.
+        hub = f"{self.host}:{self.port}"
+        if ":" in self.host:
+            hub = f"[{self.host}]:{self.port}"
+        lines = [f"CONNECT {hub} HTTP/1.1", f"Host: {hub}"]
+        if self._proxy.login:
+            login = urllib.parse.unquote_to_bytes(self._proxy.login)
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(login).decode()}")
+
+        try:
+            self.sock = open_socket(self._proxy.host, self._proxy.port)
+            self.sock.sendall("\r\n".join([*lines, "", ""]).encode())
+            # Leaving this block closes the file from which the response is read, not the socket,
+            # which is the tunnel.  Nothing of TLS is lost with it: there the client speaks first.
+            with http.client.HTTPResponse(self.sock, method="CONNECT") as response:
+                response.begin()
+                status = response.status
+        except (ConnectFailure, OSError) as exc:
+            raise ConnectFailure("proxy", describe(exc)) from None
+        except http.client.HTTPException:
+            raise ConnectFailure("proxy", "it does not answer as a proxy") from None
+
+        # Without its reason, which may be an echo of the password.
+        problem = f"the proxy answers {status}"
+        if status in (401, 407):
+            raise ConnectFailure("proxy login", problem)
+        if not 200 <= status < 300:
+            raise ConnectFailure("proxy", problem)
+        self.start_tls()
 
 
 class HubClient(Client):
@@ -2090,7 +2102,7 @@ class HubClient(Client):
         super().__init__("hub", config, logger)
         self._proxy = find_proxy(self.address)
         if self._proxy:
-            self.route += f" through the proxy {self._proxy.rpartition('@')[2]}"
+            self.route += f" through the proxy {self._proxy.host}:{self._proxy.port}"
         self._warn = WarnOnce(logger)
         self._headers = {
             "Authorization": f"Bearer {config.api_key}",
@@ -2116,7 +2128,9 @@ class HubClient(Client):
         if self.url.startswith("http:"):
             # For a loopback address alone, see load_config.
             return Connection(self.address)
-        return TLSConnection(self.address, context=self.context, proxy=self._proxy)
+        if self._proxy:
+            return TunnelConnection(self.address, self.context, self._proxy)
+        return TLSConnection(self.address, self.context)
 
     def report(self, report: HostReport) -> ControlEnvelope:
         """Send one report and return the hub's reply.  Raises TransportError or HTTPError."""
@@ -2174,7 +2188,8 @@ class Loop:
         while cycles > 0:
             cycles -= 1
             delay, summary = self.cycle()
-            # No wait exceeds two hours and no cycle 36 minutes; the unit's WatchdogSec= is 3h.
+            # The unit's WatchdogSec= is 3h.  No wait exceeds 2 h (Retry-After), and no cycle 36 min
+            # (time-outs of 300 s: six times that for the collect, and once for the POST).
             notify_status(f"{summary}, next in {delay:.0f} s")
             self.wait(delay)
 
@@ -2253,8 +2268,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prober = SystemctlProber(config.cloudflared.unit)
     collector = Collector(proxmox, prober, host_id=config.hub.host_id)
-    if arguments.selftest or hub is None:
-        return selftest(collector, hub)
+    if hub is None:
+        return selftest_proxmox(collector)
+    if arguments.selftest:
+        return selftest_hub(collector, hub)
     run_daemon(collector, hub, config.hub)
     return 0
 
@@ -2280,38 +2297,43 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def selftest(collector: Collector, hub: HubClient | None) -> int:
-    """Collect once, send the report if there is a hub, and print both as JSON."""
-    node = collector.proxmox.node
+def selftest_proxmox(collector: Collector) -> int:
+    """Collect once, and print the report as JSON."""
+    proxmox = collector.proxmox
     try:
-        if hub is None:
-            LOG.info("Proxmox VE %s", collector.proxmox.version())
-            with contextlib.suppress(AgentError):
-                # collect would only say that it was refused.
-                if "Sys.Audit" not in collector.proxmox.privileges(f"/nodes/{node}"):
-                    text = "without Sys.Audit on /nodes/%s, its metrics and tasks cannot be read"
-                    LOG.warning(text, node)
+        LOG.info("Proxmox VE %s", proxmox.version())
+        with contextlib.suppress(AgentError):
+            # collect would only say that it was refused.
+            if "Sys.Audit" not in proxmox.privileges(f"/nodes/{proxmox.node}"):
+                text = "without Sys.Audit on /nodes/%s, its metrics and tasks cannot be read"
+                LOG.warning(text, proxmox.node)
         report = collector.collect(is_selftest=True)
     except Exception as exc:
         LOG.error("%s", describe_failure(exc), exc_info=is_bug(exc))
         return 1
 
     document = json.loads(report.to_json())
-    if hub is None:
-        if not report.host_id:
-            # There need not be a hub section.
-            del document["host_id"]
-        print(json.dumps(document, indent=2))
-        LOG.info("node %s was read", node)
-        return 0
+    if not report.host_id:
+        # There need not be a hub section.
+        del document["host_id"]
+    print(json.dumps(document, indent=2))
+    LOG.info("node %s was read", proxmox.node)
+    return 0
 
-    result = {"report": document}
+
+def selftest_hub(collector: Collector, hub: HubClient) -> int:
+    """Collect and report once, and print both the report and the hub's reply as JSON."""
+    result: dict[str, Any] = {}
     try:
+        report = collector.collect(is_selftest=True)
+        result["report"] = json.loads(report.to_json())
         result["envelope"] = dataclasses.asdict(hub.report(report))
     except Exception as exc:
         result["error"] = describe_failure(exc)
         LOG.error("%s", result["error"], exc_info=is_bug(exc))
-    print(json.dumps(result, indent=2))
+
+    if "report" in result:
+        print(json.dumps(result, indent=2))
     if "error" in result:
         return 1
     LOG.info("report accepted by %s", hub.url)

@@ -255,7 +255,7 @@ def test_bug_in_a_selftest_fails_without_a_report_and_with_a_traceback(
 
     proxmox = SimpleNamespace(node="pve1")
     collector: Any = SimpleNamespace(proxmox=proxmox, collect=collect)
-    assert agent.selftest(collector, make_hub_client(lab.SimulatedHub(None))) == FAILED
+    assert agent.selftest_hub(collector, make_hub_client(lab.SimulatedHub(None))) == FAILED
     ((level, text),) = messages(log)
     assert (level, "bug in the agent" in text) == ("ERROR", True)
     assert "ZeroDivisionError" in log.text.partition("Traceback")[2]

@@ -61,7 +61,7 @@ def test_refusal_says_operation_reason_and_hint(
 
 
 # What a command line would read is quoted.
-@pytest.mark.parametrize("user", ["o'brien@ad", "svc$mon@ad", "a`b@pve"])
+@pytest.mark.parametrize("user", ["o'brien@ad", "svc$mon@ad", "a`b!@pve"])
 def test_user_is_quoted_for_the_shell(plain_node: lab.SimulatedNode, user: str) -> None:
     plain_node.token_id = f"{user}!mon"
     plain_node.script(STATUS, lab.Reply(403, "Permission check failed"), lab.Reply(401, "No"))
