@@ -1628,20 +1628,22 @@ def get_list_age(node_status: object, node_entry: object) -> float:
     return now - measured
 
 
-def find_unmeasured(guests: Entries) -> str:
-    """Return which kinds of guests are all listed as unknown, in words, or an empty string.
+def are_unknown(guests: Entries) -> bool:
+    return all(entry.get("status") == "unknown" for entry in guests)
 
-    A kind with a single guest does not count, since that may be new, unless all are unknown: with
-    one container and two VMs, the VMs count if both are unknown, the container only with them.
+
+def find_unmeasured(guests: Entries) -> str:
+    """Return which guests pvestatd does not measure, in words, or an empty string.
+
+    A single guest that is listed as unknown may just be new.
     """
-    all_unknown = all(entry.get("status") == "unknown" for entry in guests)
-    kinds = []
+    if guests and are_unknown(guests):
+        return "guests"
     for guest_type, kind in GUEST_TYPES.items():
         of_type = select(guests, guest_type)
-        is_unknown = all(entry.get("status") == "unknown" for entry in of_type)
-        if of_type and is_unknown and (all_unknown or len(of_type) > 1):
-            kinds.append(kind)
-    return " and ".join(kinds)
+        if len(of_type) > 1 and are_unknown(of_type):
+            return kind
+    return ""
 
 
 def holds_backups(entry: Mapping[str, object]) -> bool:
@@ -1808,8 +1810,10 @@ class Collector:
     def _check_rename(self, cluster: Entries, entries: Entries) -> None:
         """Warn if the node has no guests, but another one that is offline has."""
         nodes = select(cluster, "node")
-        offline = {str(node.get("node")) for node in nodes if node.get("status") == "offline"}
-        names = {str(guest.get("node")) for guest in select(cluster, *GUEST_TYPES)} & offline
+        offline = [node.get("node") for node in nodes if node.get("status") == "offline"]
+        guests = select(cluster, *GUEST_TYPES)
+        names = {str(guest.get("node")) for guest in guests if guest.get("node") in offline}
+
         problem = ""
         if names and not select(entries, *GUEST_TYPES):
             others = sanitize(", ".join(sorted(names)))

@@ -267,8 +267,8 @@ def test_node_listed_as_offline_is_out_of_the_cluster(node: Node, log: Log, upti
     [
         (["unknown"] * 2, ["running"] * 2, "containers"),
         (["running"] * 2, ["unknown"] * 2, "virtual machines"),
-        (["unknown"], ["unknown"] * 2, "containers and virtual machines"),
-        ([], ["unknown"], "virtual machines"),
+        (["unknown"], ["unknown"] * 2, "guests"),
+        ([], ["unknown"], "guests"),
         (["unknown"], ["running"] * 2, None),
         (["unknown", "running"], ["unknown", "running"], None),
     ],
